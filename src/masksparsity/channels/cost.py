@@ -1,0 +1,86 @@
+"""MACs and parameters under any mask, without building the slim model.
+
+MACs are multiply-accumulates of convolutions and matrix products, per example; norms, pooling and
+activations count nothing. Papers of this field print the same number as FLOPs. Parameters count
+everything that is a parameter, norms included, but no buffers.
+"""
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .groups import ChannelGraph
+    from .mask import KeepMask
+
+
+class Cost(NamedTuple):
+    """MACs per example, and parameters."""
+
+    macs: int
+    params: int
+
+
+class Layer(NamedTuple):
+    """A product of the dense network: `factor * len(outputs) * len(inputs)` MACs per example."""
+
+    module: str
+    factor: float
+    outputs: Tensor
+    """int64: unit of every output channel, -1 where none."""
+    inputs: Tensor
+
+
+class Counter:
+    """Lengths of all axes as linear functions of how many units each group keeps.
+
+    All units of a group own the same axes equally often, so the number kept per group is all that
+    cost depends on: one small matrix product per mask.
+    """
+
+    def __init__(self, graph: "ChannelGraph"):
+        self.sizes = torch.tensor([g.size for g in graph.groups], dtype=torch.float64)
+        layers, slots = graph.layers, graph.slots
+        rows = [x for layer in layers for x in (layer.outputs, layer.inputs)] + list(slots.values())
+        lengths = torch.tensor([len(r) for r in rows], dtype=torch.int64)
+        row_of = torch.repeat_interleave(torch.arange(len(rows)), lengths)
+        width = len(graph.groups) + 1  # the last column: indices of no group
+        group_of = torch.repeat_interleave(torch.arange(width - 1), self.sizes.long())
+        group_of = torch.cat([group_of, torch.tensor([width - 1])])
+        column = group_of[torch.cat([torch.zeros(0, dtype=torch.int64), *rows])]
+        owned = torch.bincount(row_of * width + column, minlength=len(rows) * width)
+        self.matrix = owned.view(len(rows), width) / torch.cat([self.sizes, self.sizes.new_ones(1)])
+        self.layers = 2 * len(layers)
+        self.factor = torch.tensor([layer.factor for layer in layers], dtype=torch.float64)
+
+        # Each parameter is a constant times the lengths of its (at most three) labelled axes.
+        row = {slot: k for k, slot in enumerate(slots)}
+        constants, factors = [], []
+        for name in graph.parameters:
+            shape = graph.shapes[name]
+            labelled = [a for a in range(len(shape)) if (name, a) in row]
+            constants.append(shape.numel() / max(1, math.prod(shape[a] for a in labelled)))
+            factors.append(([row[name, a] for a in labelled] + [len(slots)] * 3)[:3])
+        self.constants = torch.tensor(constants, dtype=torch.float64)
+        self.factors = torch.tensor(factors, dtype=torch.int64).view(-1, 3)
+
+    def lengths(self, kept: Tensor) -> Tensor:
+        return self.matrix @ torch.cat([kept.double(), torch.ones(1, dtype=torch.float64)])
+
+    def macs_per_layer(self, kept: Tensor) -> Tensor:
+        """float64 [layers], for `kept` units per group."""
+        sides = self.lengths(kept)[: self.layers].view(-1, 2)
+        return self.factor * sides.prod(1)
+
+    def __call__(self, kept: Tensor) -> Cost:
+        axes = torch.cat([self.lengths(kept)[self.layers :], torch.ones(1, dtype=torch.float64)])
+        params = self.constants @ axes[self.factors].prod(1)
+        return Cost(round(float(self.macs_per_layer(kept).sum())), round(float(params)))
+
+
+def count(graph: "ChannelGraph", keep: "KeepMask | None" = None) -> Cost:
+    """The cost of the dense network, or of what `keep` leaves of it."""
+    return graph.counter(graph.counter.sizes if keep is None else keep.kept)
+

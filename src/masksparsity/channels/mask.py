@@ -1,0 +1,197 @@
+"""KeepMask: which channels of a graph stay. True = stays, everywhere."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from .errors import MaskSparsityError
+
+if TYPE_CHECKING:
+    from .groups import ChannelGraph
+
+
+class KeepMask:
+    """One bool per unit of every group of a graph; protected groups are always kept whole.
+
+    Args:
+        graph: what the mask is bound to.
+        keep: group name -> bool [size]. Groups that are not named are kept whole.
+
+    Raises:
+        MaskSparsityError: for a name or a size that is not in the graph, and for a mask that
+            would remove protected channels.
+    """
+
+    # The heart knows no files: the package binds these two to `masksparsity.files.mask`.
+    save: ClassVar[Callable]
+    load: ClassVar[Callable]
+    from_original: ClassVar[Callable]
+
+    def __init__(self, graph: "ChannelGraph", keep: Mapping[str, Tensor] | None = None):
+        self.graph = graph
+        self.units = torch.ones(graph.units, dtype=torch.bool)
+        self.origin: dict[str, object] = {}
+        """How the mask was chosen (selector, budget, ...): kept in its file."""
+        for name, values in (keep or {}).items():
+            group = graph.by_name.get(name)
+            if group is None:
+                raise MaskSparsityError(
+                    f"mask names {name!r}, which is no channel group of this model; "
+                    "is it a mask of another model? print(graph) lists the groups"
+                )
+            if values.dtype != torch.bool or tuple(values.shape) != (group.size,):
+                raise MaskSparsityError(
+                    f"mask of {name}: expected {group.size} bools, got {tuple(values.shape)} "
+                    f"{values.dtype}; is it a mask of another model?"
+                )
+            if not group.prunable and not values.all():
+                raise MaskSparsityError(f"mask of {name}: protected, {group.reason}")
+            self.units[group.start : group.start + group.size] = values
+
+    def __getitem__(self, group: str) -> Tensor:
+        """bool [size] of one group."""
+        found = self.graph.by_name[group]
+        return self.units[found.start : found.start + found.size]
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        return ((group.name, self[group.name]) for group in self.graph.groups)
+
+    @property
+    def kept(self) -> Tensor:
+        """int64 [groups]: how many units each group keeps."""
+        ends = torch.tensor([0, *(g.start + g.size for g in self.graph.groups)])
+        total = torch.cat([torch.zeros(1, dtype=torch.int64), self.units.long().cumsum(0)])
+        return total[ends].diff()
+
+    @property
+    def pruned_fraction(self) -> float:
+        """Share of the prunable units that go."""
+        prunable = sum(group.size for group in self.graph.prunable)
+        return float((~self.units).sum()) / max(1, prunable)
+
+    def slot(self, tensor: str, axis: int) -> Tensor:
+        """bool, one per index of an axis of a parameter or buffer: does it stay?"""
+        units = self.graph.slots[tensor, axis]
+        return self.units[units] | (units < 0)
+
+    def by_norm(self) -> dict[str, Tensor]:
+        """BatchNorm name -> bool [num_features]."""
+        return {norm.module: self.slot(norm.weight, 0) for norm in self.graph.norms}
+
+    @classmethod
+    def from_norms(
+        cls, graph: "ChannelGraph", keep: Mapping[str, Tensor], tie: str = "vote"
+    ) -> "KeepMask":
+        """A mask from one bool per BatchNorm channel.
+
+        Norms whose channels are coupled may disagree. `tie` settles it, group by group:
+
+        - "vote": every norm votes for the channels it wants to remove; those with the most votes
+          go, down to the largest number of votes that still removes at least as many channels as
+          the most cautious norm asked for, and never all of them. The rule that the original's
+          vote was meant to be.
+        - "any": goes if one norm wants it; "all": goes if all norms of the group do.
+        - "equal": disagreement is an error.
+
+        Norms that are not named want everything to stay.
+        """
+        if tie not in _TIES:
+            raise MaskSparsityError(f"tie={tie!r}: use one of {', '.join(_TIES)}")
+        norms = {norm.module: norm for norm in graph.norms}
+        for name, values in keep.items():
+            if name not in norms:
+                raise MaskSparsityError(
+                    f"mask names {name!r}, which is no BatchNorm of this model; "
+                    f"it has {', '.join(list(norms)[:4])}, ..."
+                )
+            if values.numel() != len(graph.slots[norms[name].weight, 0]):
+                raise MaskSparsityError(
+                    f"mask of {name}: {values.numel()} channels, the model has "
+                    f"{len(graph.slots[norms[name].weight, 0])}; is it a mask of another model?"
+                )
+        chosen = {}
+        for group in graph.prunable:
+            span = slice(group.start, group.start + group.size)
+            votes = torch.zeros(len(group.scales), graph.units + 1, dtype=torch.bool)
+            for row, name in zip(votes, group.scales, strict=True):
+                if name in keep:
+                    row[graph.slots[norms[name].weight, 0]] = ~keep[name].flatten().bool()
+            if group.scales:
+                chosen[group.name] = ~_TIES[tie](votes[:, span], group.name)
+        return cls(graph, chosen)
+
+    def iou(self, other: "KeepMask") -> float:
+        """Intersection over union of the pruned sets, counted per BatchNorm channel."""
+        self._same_graph(other)
+        ours, theirs = self.by_norm(), other.by_norm()
+        both = sum(int((~ours[n] & ~theirs[n]).sum()) for n in ours)
+        either = sum(int((~ours[n] | ~theirs[n]).sum()) for n in ours)
+        return both / either if either else 1.0
+
+    def __and__(self, other: "KeepMask") -> "KeepMask":
+        """Stays if it stays in both."""
+        return self._with(self.units & self._same_graph(other).units)
+
+    def __or__(self, other: "KeepMask") -> "KeepMask":
+        """Stays if it stays in either."""
+        return self._with(self.units | self._same_graph(other).units)
+
+    def __invert__(self) -> "KeepMask":
+        """What was kept goes and what went is kept, in prunable groups."""
+        units = ~self.units
+        for group in self.graph.protected:
+            units[group.start : group.start + group.size] = True
+        return self._with(units)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, KeepMask)
+            and list(self.graph.by_name) == list(other.graph.by_name)
+            and torch.equal(self.units, other.units)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        dense, slim = self.graph.cost(), self.graph.cost(self)
+        return (
+            f"KeepMask({self.pruned_fraction:.1%} of the prunable channels go: "
+            f"MACs -{1 - slim.macs / max(1, dense.macs):.2%}, "
+            f"parameters -{1 - slim.params / max(1, dense.params):.2%})"
+        )
+
+    def _with(self, units: Tensor) -> "KeepMask":
+        mask = KeepMask(self.graph)
+        mask.units = units
+        return mask
+
+    def _same_graph(self, other: "KeepMask") -> "KeepMask":
+        ours = {g.name: g.size for g in self.graph.groups}
+        if ours != {g.name: g.size for g in other.graph.groups}:
+            raise MaskSparsityError("the two masks belong to different models")
+        return other
+
+
+def _vote(votes: Tensor, name: str) -> Tensor:
+    """votes: bool [norms, size], True where a norm wants a channel to go -> bool [size]."""
+    count, cautious = votes.sum(0), int(votes.sum(1).min())
+    if cautious == 0:
+        return torch.zeros_like(votes[0])
+    gone = count >= count.sort(descending=True).values[cautious - 1]
+    return count > count.min() if gone.all() else gone
+
+
+def _equal(votes: Tensor, name: str) -> Tensor:
+    if (votes != votes[:1]).any():
+        raise MaskSparsityError(f"the norms of {name} disagree; say how to settle it with tie=")
+    return votes[0]
+
+
+_TIES: dict[str, Callable[[Tensor, str], Tensor]] = {
+    "vote": _vote,
+    "any": lambda votes, name: votes.any(0),
+    "all": lambda votes, name: votes.all(0),
+    "equal": _equal,
+}

@@ -1,0 +1,88 @@
+"""Importance of every unit: group name -> float [size]. Higher stays longer.
+
+A score of a unit is a reduction (`max` by default, the cautious one) over what the unit owns: a
+channel of a residual stream is as important as it is to the most interested of its norms. Groups
+that own nothing to be scored by are left out, and selectors keep them whole.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .errors import MaskSparsityError
+from .groups import ChannelGraph
+
+Scores = dict[str, Tensor]
+
+_REDUCE = {"max": "amax", "mean": "mean", "sum": "sum", "min": "amin"}
+
+
+def scale(model: nn.Module, graph: ChannelGraph, reduce: str = "max") -> Scores:
+    """|gamma| of the BatchNorm scales (network slimming, arXiv 1708.06519)."""
+    tensors = _tensors(model, graph)
+    parts = {(n.weight, 0): tensors[n.weight].detach().abs() for n in graph.norms}
+    return _collect(graph, parts, reduce)
+
+
+def norm(model: nn.Module, graph: ChannelGraph, p: float = 1, reduce: str = "mean") -> Scores:
+    """L_p norm of the filters that produce a channel (arXiv 1608.08710), divided by its mean over
+    the layer, so that coupled layers of different size count alike."""
+    tensors = _tensors(model, graph)
+    parts = {}
+    for name, axis in graph.producers:
+        weight = tensors[name].detach()
+        if weight.ndim > 1:
+            size = weight.movedim(axis, 0).flatten(1).float().norm(p=p, dim=1)
+            parts[name, axis] = size / size.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return _collect(graph, parts, reduce)
+
+
+def taylor(
+    model: nn.Module,
+    graph: ChannelGraph,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    reduce: str = "sum",
+) -> Scores:
+    """First-order change of the loss when a channel's scale goes to zero: (gamma dL/dgamma)^2,
+    averaged over batches of (images, labels) (arXiv 1906.10771). Leaves the model's gradients,
+    mode and buffers as they were."""
+    tensors = _tensors(model, graph)
+    scales = {n.weight: tensors[n.weight] for n in graph.norms if tensors[n.weight].requires_grad}
+    total = {name: torch.zeros_like(scale) for name, scale in scales.items()}
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        for m, _ in modes:
+            m.training = False
+        for images, labels in batches:
+            value = loss(model(images), labels)
+            gradients = torch.autograd.grad(value, list(scales.values()), allow_unused=True)
+            for (name, gamma), gradient in zip(scales.items(), gradients, strict=True):
+                if gradient is not None:
+                    total[name] += (gamma.detach() * gradient) ** 2
+    finally:
+        for m, training in modes:
+            m.training = training
+    return _collect(graph, {(name, 0): value for name, value in total.items()}, reduce)
+
+
+def _collect(graph: ChannelGraph, parts: dict[tuple[str, int], Tensor], reduce: str) -> Scores:
+    if reduce not in _REDUCE:
+        raise MaskSparsityError(f"reduce={reduce!r}: use one of {', '.join(_REDUCE)}")
+    score = torch.zeros(graph.units)
+    seen = torch.zeros(graph.units, dtype=torch.bool)
+    found = [(graph.slots[slot], value) for slot, value in parts.items() if slot in graph.slots]
+    if found:
+        units = torch.cat([units for units, _ in found])
+        values = torch.cat([value.detach().cpu().float() for _, value in found])
+        units, values = units[units >= 0], values[units >= 0]
+        score.scatter_reduce_(0, units, values, _REDUCE[reduce], include_self=False)
+        seen[units] = True
+    spans = {g.name: slice(g.start, g.start + g.size) for g in graph.prunable}
+    return {name: score[span].clone() for name, span in spans.items() if seen[span].all()}
+
+
+def _tensors(model: nn.Module, graph: ChannelGraph) -> dict[str, Tensor]:
+    graph.check(model)
+    return dict(model.named_parameters())

@@ -1,0 +1,224 @@
+"""Scores -> KeepMask.
+
+All selectors take `min_keep` (units that every group keeps at least), `round_to` (groups keep a
+multiple of it, where they are long enough) and `ignore` (groups, or prefixes of names, to leave
+whole). These take part in the choice. Where a group would lose more than it may, its units with
+the highest scores stay; of equal scores the first stay.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .errors import MaskSparsityError
+from .groups import ChannelGraph, ChannelGroup
+from .mask import KeepMask
+from .scores import Scores
+
+
+class _Ranking:
+    """The units that may go, and how many of each group really do."""
+
+    def __init__(
+        self, graph: ChannelGraph, scores: Scores, min_keep: int, round_to: int, ignore: tuple[str, ...]
+    ):
+        if min_keep < 1 or round_to < 1:
+            raise MaskSparsityError("min_keep and round_to are at least 1")
+        for name in (*scores, *ignore):
+            known = graph.by_name if name in scores else _modules(graph)
+            if name not in known:
+                raise MaskSparsityError(
+                    f"no layer or channel group named {name!r} in this model; "
+                    "print(graph) lists the groups"
+                )
+        self.graph, self.min_keep, self.round_to = graph, min_keep, round_to
+        self.groups = [
+            g for g in graph.prunable if g.name in scores and not _ignored(graph, g, ignore)
+        ]
+        for group in self.groups:
+            values = scores[group.name]
+            if tuple(values.shape) != (group.size,) or not values.isfinite().all():
+                raise MaskSparsityError(
+                    f"scores of {group.name}: expected {group.size} finite numbers"
+                )
+        self.scores = {g.name: scores[g.name].float() for g in self.groups}
+        # Position of every unit among its group's, best first.
+        self.order = {
+            name: torch.argsort(torch.argsort(values, descending=True, stable=True))
+            for name, values in self.scores.items()
+        }
+
+    def keep(self, count: dict[str, int]) -> KeepMask:
+        """The mask that leaves about `count[group]` of each group's best units."""
+        kept = {}
+        for group in self.groups:
+            n = max(min(self.min_keep, group.size), count[group.name])
+            kept[group.name] = self.order[group.name] < min(
+                group.size, math.ceil(n / self.round_to) * self.round_to
+            )
+        return KeepMask(self.graph, kept)
+
+
+def threshold(
+    graph: ChannelGraph,
+    scores: Scores,
+    threshold: float = 0.01,
+    *,
+    min_keep: int = 1,
+    round_to: int = 1,
+    ignore: tuple[str, ...] = (),
+) -> KeepMask:
+    """Units whose score is under `threshold` go (the original's rule and value)."""
+    ranking = _Ranking(graph, scores, min_keep, round_to, ignore)
+    kept = ranking.keep({n: int((s >= threshold).sum()) for n, s in ranking.scores.items()})
+    return _from(kept, "threshold", threshold=threshold)
+
+
+def optimal(
+    graph: ChannelGraph,
+    scores: Scores,
+    energy: float = 1e-4,
+    *,
+    min_keep: int = 1,
+    round_to: int = 1,
+    ignore: tuple[str, ...] = (),
+) -> KeepMask:
+    """Optimal thresholding (arXiv 2003.04566): in every group the smallest scores go that together
+    hold at most the share `energy` of the group's sum of squares."""
+    ranking = _Ranking(graph, scores, min_keep, round_to, ignore)
+    count = {}
+    for name, values in ranking.scores.items():
+        squares = values.double().sort().values ** 2
+        count[name] = len(squares) - int((squares.cumsum(0) <= energy * squares.sum()).sum())
+    return _from(ranking.keep(count), "optimal", energy=energy)
+
+
+def uniform(
+    graph: ChannelGraph,
+    scores: Scores,
+    fraction: float,
+    *,
+    min_keep: int = 1,
+    round_to: int = 1,
+    ignore: tuple[str, ...] = (),
+) -> KeepMask:
+    """The same pruned fraction in every group, nearest number of units."""
+    _share("fraction", fraction)
+    ranking = _Ranking(graph, scores, min_keep, round_to, ignore)
+    count = {g.name: g.size - math.floor(fraction * g.size + 0.5) for g in ranking.groups}
+    return _from(ranking.keep(count), "uniform", fraction=fraction)
+
+
+def fraction(
+    graph: ChannelGraph,
+    scores: Scores,
+    fraction: float,
+    *,
+    min_keep: int = 1,
+    round_to: int = 1,
+    ignore: tuple[str, ...] = (),
+) -> KeepMask:
+    """The lowest scores of the whole network go until this fraction of its units is pruned."""
+    _share("fraction", fraction)
+    ranking = _Ranking(graph, scores, min_keep, round_to, ignore)
+    masks, units = _nested(ranking)
+    kept = _smallest(masks, units, lambda m: m.pruned_fraction >= fraction, f"fraction {fraction}")
+    return _from(kept, "fraction", fraction=fraction)
+
+
+def budget(
+    graph: ChannelGraph,
+    scores: Scores,
+    *,
+    pruned_macs: float | None = None,
+    pruned_params: float | None = None,
+    min_keep: int = 1,
+    round_to: int = 1,
+    ignore: tuple[str, ...] = (),
+) -> KeepMask:
+    """The lowest scores of the whole network go until this share of the MACs (or parameters) does.
+
+    The nested masks along the global order of scores are searched by bisection for the first that
+    meets the budget, so the cost is within one channel (or one step of `round_to`) of it.
+
+    Raises:
+        MaskSparsityError: if the budget cannot be met, saying how far one can get.
+    """
+    if (pruned_macs is None) == (pruned_params is None):
+        raise MaskSparsityError("give one budget: pruned_macs or pruned_params")
+    what, share = ("macs", pruned_macs) if pruned_params is None else ("params", pruned_params)
+    assert share is not None
+    _share(f"pruned_{what}", share)
+    ranking = _Ranking(graph, scores, min_keep, round_to, ignore)
+    dense = getattr(graph.cost(), what)
+    masks, units = _nested(ranking)
+
+    def removed(mask: KeepMask) -> float:
+        return 1 - getattr(graph.cost(mask), what) / max(1, dense)
+
+    most = removed(masks(units))
+    kept = _smallest(
+        masks,
+        units,
+        lambda mask: removed(mask) >= share,
+        f"pruned_{what}={share}: at most {most:.4f} can go with min_keep={min_keep}, "
+        f"round_to={round_to} and what is protected or ignored; ask for less",
+    )
+    return _from(kept, "budget", **{f"pruned_{what}": share, "round_to": round_to})
+
+
+def _nested(ranking: _Ranking) -> tuple[Callable[[int], KeepMask], int]:
+    """k -> the mask without the k units of lowest score; and how many units there are."""
+    names = list(ranking.scores)
+    if not names:
+        return lambda k: ranking.keep({}), 0
+    group_of = torch.cat([torch.full_like(s, k) for k, s in enumerate(ranking.scores.values())])
+    # Of equal scores the last of a group go first, as in `keep`.
+    values = torch.cat([s.flip(0) for s in ranking.scores.values()])
+    lowest_first = group_of[torch.argsort(values, stable=True)].long()
+
+    def masks(k: int) -> KeepMask:
+        gone = torch.bincount(lowest_first[:k], minlength=len(names)).tolist()
+        sizes = [len(s) for s in ranking.scores.values()]
+        return ranking.keep({n: size - g for n, size, g in zip(names, sizes, gone, strict=True)})
+
+    return masks, len(lowest_first)
+
+
+def _smallest(
+    masks: Callable[[int], KeepMask], units: int, enough: Callable[[KeepMask], bool], what: str
+) -> KeepMask:
+    """The first of a nested sequence of masks that is enough."""
+    if not enough(masks(units)):
+        raise MaskSparsityError(f"the budget cannot be met: {what}")
+    low, high = -1, units
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(masks(middle)) else (middle, high)
+    return masks(high)
+
+
+def _from(mask: KeepMask, selector: str, **settings: Tensor | float) -> KeepMask:
+    mask.origin = {"selector": selector, **settings}
+    return mask
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise MaskSparsityError(f"{name}={value}: expected a share of what there is, in [0, 1)")
+
+
+def _modules(graph: ChannelGraph) -> set[str]:
+    """All names and prefixes of names in the graph."""
+    names: set[str] = set()
+    for name in (*graph.shapes, *graph.by_name):
+        parts = name.split(".")
+        names |= {".".join(parts[: k + 1]) for k in range(len(parts))}
+    return names
+
+
+def _ignored(graph: ChannelGraph, group: ChannelGroup, ignore: tuple[str, ...]) -> bool:
+    makers = [s.tensor for s in group.slices if (s.tensor, s.axis) in graph.producers]
+    return any(t == i or t.startswith(f"{i}.") for t in [group.name, *makers] for i in ignore)

@@ -1,0 +1,160 @@
+"""Take channels out: slice every parameter, buffer and optimizer state, and fix the modules."""
+
+import copy
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .errors import MaskSparsityError
+from .groups import ChannelGraph
+from .mask import KeepMask
+from .trace import named_tensors
+from .verify import prove
+
+
+def apply_mask(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> nn.Module:
+    """A copy of `model` in which the removed channels are zero wherever they are produced: in
+    filters, biases, scales and shifts. It computes what the slim model computes."""
+    graph.check(model)
+    masked = copy.deepcopy(model)
+    tensors = dict(named_tensors(masked))
+    with torch.no_grad():
+        for name, axis in graph.producers:
+            gone = (~keep.slot(name, axis)).nonzero().squeeze(1)
+            if len(gone):
+                tensors[name].index_fill_(axis, gone.to(tensors[name].device), 0)
+    return masked
+
+
+def prune(
+    model: nn.Module,
+    graph: ChannelGraph,
+    keep: KeepMask,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> nn.Module:
+    """A new, physically smaller model that computes what `apply_mask` computes, proved.
+
+    Args:
+        optimizer: changed in place to hold the slim model's parameters; its state (momentum,
+            moments) is sliced like the parameters it belongs to.
+
+    Raises:
+        MaskSparsityError: if the mask leaves a group without channels, if optimizer state has a
+            shape that is not its parameter's, or if the slim model cannot be proved to read the
+            same channels as before. Nothing has changed then.
+    """
+    graph.check(model)
+    for group, kept in zip(graph.groups, keep.kept.tolist(), strict=True):
+        if kept == 0:
+            raise MaskSparsityError(
+                f"the mask removes all {group.size} channels of {group.name}; keep at least one "
+                "(selectors: min_keep=1)"
+            )
+    kept_of: dict[str, list[tuple[int, Tensor]]] = {}
+    for name, axis in graph.slots:
+        kept = keep.slot(name, axis)
+        if not kept.all():
+            kept_of.setdefault(name, []).append((axis, kept.nonzero().squeeze(1)))
+    tensors = dict(named_tensors(model))
+    slim = rebuild(model, {n: cut(tensors[n].detach(), axes) for n, axes in kept_of.items()})
+    prove(slim, graph, keep)
+    if optimizer is not None:
+        _carry_over(optimizer, tensors, dict(named_tensors(slim)), kept_of)
+    return slim
+
+
+def cut(tensor: Tensor, axes: list[tuple[int, Tensor]]) -> Tensor:
+    """The given indices of the given axes, in the tensor's own memory format."""
+    out = tensor
+    for axis, index in axes:
+        out = out.index_select(axis, index.to(tensor.device))
+    if tensor.ndim == 4 and not tensor.is_contiguous():
+        out = out.contiguous(memory_format=torch.channels_last)
+    return out
+
+
+def rebuild(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of `model` with some parameters and buffers of another size, attributes fixed."""
+    memo: dict[int, Tensor] = {}
+    for name, old in named_tensors(model):
+        if name in tensors:
+            new = tensors[name]
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+            new.__dict__.update(old.__dict__)
+            memo[id(old)] = new
+    slim = copy.deepcopy(model, memo)  # shared modules and tied weights stay shared and tied
+    for old, new in zip(model.modules(), slim.modules(), strict=True):
+        fix = next((ATTRIBUTES[t] for t in type(new).__mro__ if t in ATTRIBUTES), None)
+        if fix is not None:
+            fix(old, new)
+    return slim
+
+
+def _conv(old: nn.Module, new: nn.Module) -> None:
+    outputs, inputs = new.weight.shape[:2]
+    if old.groups > 1 and old.weight.shape[1] == 1:  # depthwise: a group per input channel
+        new.groups = outputs * old.groups // old.out_channels
+        inputs = 1
+    new.out_channels, new.in_channels = outputs, inputs * new.groups
+
+
+def _conv_transpose(old: nn.Module, new: nn.Module) -> None:
+    new.in_channels, new.out_channels = new.weight.shape[0], new.weight.shape[1] * new.groups
+
+
+def _linear(old: nn.Module, new: nn.Module) -> None:
+    new.out_features, new.in_features = new.weight.shape
+
+
+def _norm(old: nn.Module, new: nn.Module) -> None:
+    tensor = new.weight if new.weight is not None else new.running_mean
+    if tensor is not None:
+        new.num_features = len(tensor)
+
+
+def _prelu(old: nn.Module, new: nn.Module) -> None:
+    new.num_parameters = len(new.weight)
+
+
+ATTRIBUTES: dict[type, Callable[[nn.Module, nn.Module], None]] = {
+    nn.modules.conv._ConvNd: _conv,
+    nn.modules.conv._ConvTransposeNd: _conv_transpose,
+    nn.Linear: _linear,
+    nn.modules.batchnorm._NormBase: _norm,
+    nn.PReLU: _prelu,
+}
+"""Module type -> fix(old, new), which sets the attributes that follow from the tensors' shapes."""
+
+
+def _carry_over(
+    optimizer: torch.optim.Optimizer,
+    old: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    kept_of: Mapping[str, list[tuple[int, Tensor]]],
+) -> None:
+    names = {id(tensor): name for name, tensor in old.items()}
+    state: dict[Tensor, dict] = {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            name = names.get(id(p))
+            if name is None:
+                raise MaskSparsityError("the optimizer holds parameters of another model")
+            entries = state[new[name]] = dict(optimizer.state.get(p, {}))
+            for key, value in entries.items():
+                if not isinstance(value, Tensor) or value.ndim == 0:
+                    continue
+                if value.shape != p.shape:
+                    raise MaskSparsityError(
+                        f"optimizer state {key!r} of {name} has shape {tuple(value.shape)}, the "
+                        f"parameter {tuple(p.shape)}: it cannot be sliced; start a new optimizer"
+                    )
+                entries[key] = cut(value, kept_of.get(name, []))
+    for group in optimizer.param_groups:
+        group["params"] = [new[names[id(p)]] for p in group["params"]]
+    optimizer.state.clear()
+    optimizer.state.update({p: entries for p, entries in state.items() if entries})
+
+

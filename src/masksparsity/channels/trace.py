@@ -1,0 +1,377 @@
+"""Run a network once on channel labels: which element of which tensor belongs to which channel.
+
+Every ATen call is seen with its real arguments by a dispatch mode. Beside each tensor travel
+`Labels`: integer ids, one per element, kept *broadcast* (size 1 along every axis where they do not
+vary), so that following a network costs little more than running it. Parameters and buffers get
+labels per axis when an operation first uses them. What each operation does to labels is the table
+in `rules.py`; what it does not know is protected.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .errors import MaskSparsityError
+
+Slot = tuple[str, int]
+"""One axis of one parameter or buffer: (name in the model, axis)."""
+
+ANONYMOUS = 0
+"""The label of everything that came from nowhere we know; it is protected, and so is what it meets."""
+
+_LABELS, _VIEWED = "_masksparsity_labels", "_masksparsity_viewed"
+_NOTHING: frozenset[Slot] = frozenset()
+
+
+class Labels(NamedTuple):
+    """Which channel each element of a tensor belongs to, along some of its axes."""
+
+    ids: Tensor
+    """int64, as many axes as the tensor; full size along `axes`, 1 along all others."""
+    axes: frozenset[int]
+    clean: bool = True
+    """Elements of a channel are zero whenever the channel's producers are."""
+    sources: frozenset[Slot] = _NOTHING
+    """The producers that make it so, as long as no operation but a norm has read them."""
+
+
+class Reason(NamedTuple):
+    """Why channels are protected: what happened, in which operation of which module."""
+
+    why: str
+    operation: str
+    module: str
+
+    def __str__(self) -> str:
+        where = f" in {self.module}" if self.module else ""
+        return f"{self.why} ({self.operation}{where})"
+
+
+class Record(NamedTuple):
+    """One operation that consumed labels: what the proof compares."""
+
+    operation: str
+    module: str
+    ids: tuple[Tensor, ...]
+    scalars: tuple[Any, ...]
+
+
+class Product(NamedTuple):
+    """A convolution or matrix product: `factor * len(outputs) * len(inputs)` MACs per example."""
+
+    module: str
+    factor: float
+    outputs: Tensor
+    inputs: Tensor
+
+
+class Norm(NamedTuple):
+    """A batch normalisation with scale: names of the module and of its tensors."""
+
+    module: str
+    weight: str
+    bias: str | None
+
+
+class Tracer(TorchDispatchMode):
+    """Follows labels through one forward.
+
+    With `given` (slot -> ids) the labels of all parameters are known beforehand: nothing is united
+    or protected, and only the records count. That is how the proof replays a slim model.
+    """
+
+    def __init__(
+        self, model: nn.Module, rules: Mapping[str, Callable], given: dict[Slot, Tensor] | None = None
+    ):
+        super().__init__()
+        self.rules = rules
+        self.names = {id(tensor): name for name, tensor in named_tensors(model)}
+        self.paths = {id(module): name for name, module in model.named_modules()}
+        self.stack: list[str] = [""]
+        self.deepest = ""  # the module entered last
+        self.given = given is not None
+        self.slots: dict[Slot, Tensor] = dict(given or {})
+        self.count = ANONYMOUS + 1
+        self.edges: list[tuple[Tensor, Tensor]] = []
+        self.pins: list[tuple[Tensor, Reason]] = []
+        self.records: list[Record] = []
+        self.products: list[Product] = []
+        self.norms: dict[str, Norm] = {}
+        self.producers: set[Slot] = set()  # must be zero for a channel to be zero
+        self.exposed: set[Slot] = set()  # producers that something other than a norm reads
+        self.consumers: set[Slot] = set()  # axes that a product sums over
+        self._known: dict[Any, tuple[Callable | None, str, bool]] = {}
+        self._own: dict[str, tuple[Labels, ...]] = {}
+
+    # What rules use ------------------------------------------------------------------------------
+
+    @property
+    def module(self) -> str:
+        return self.stack[-1]
+
+    def labels(self, tensor: Tensor) -> tuple[Labels, ...]:
+        """The labels of a tensor; a parameter's are handed out at its first use."""
+        name = self.names.get(id(tensor))
+        if name is None:
+            return getattr(tensor, _LABELS, ())
+        if name not in self._own:
+            self._own[name] = tuple(
+                Labels(_along(self.slot(name, axis, size), axis, tensor.ndim), frozenset({axis}),
+                       True, frozenset({(name, axis)}))
+                for axis, size in enumerate(tensor.shape)
+                if self._labelled(name, tensor, axis)
+            )  # fmt: skip
+        return self._own[name]
+
+    def slot(self, name: str, axis: int, size: int) -> Tensor:
+        """The ids of one axis of a parameter, fresh ones if it has none yet."""
+        slot = (name, axis)
+        if slot not in self.slots:
+            self.slots[slot] = torch.arange(self.count, self.count + size)
+            self.count += size
+        return self.slots[slot]
+
+    def set(self, out: Tensor, labels: Iterable[Labels], inplace: bool = False) -> None:
+        labels = tuple(labels)
+        if inplace and id(out) in self.names:
+            self.pin(labels, "a parameter or buffer is written in forward")
+            return
+        if inplace and (getattr(out, _VIEWED, False) or out._is_view()):
+            # Others see the same memory and still believe that its zeros stay zero.
+            self.pin([m for m in labels if not m.clean], "a view is overwritten")
+        if labels or hasattr(out, _LABELS):
+            setattr(out, _LABELS, labels)
+
+    def viewed(self, tensor: Tensor) -> None:
+        setattr(tensor, _VIEWED, True)
+
+    def unite(self, a: Tensor, b: Tensor) -> None:
+        """The channels that meet element by element live and die together."""
+        if a is not b and not self.given:
+            self.edges.append((a, b))
+
+    def pin(self, labels: Iterable[Labels] | Tensor, why: str) -> None:
+        """Protect channels."""
+        if self.given:
+            return
+        reason = Reason(why, self.operation, self.module)
+        for ids in [labels] if isinstance(labels, Tensor) else [m.ids for m in labels]:
+            self.pins.append((ids, reason))
+
+    def expose(self, labels: Iterable[Labels]) -> None:
+        for m in labels:
+            self.exposed |= m.sources
+
+    def record(self, labels: Iterable[Labels], scalars: Iterable[Any] = ()) -> None:
+        self.records.append(
+            Record(self.operation, self.module, tuple(m.ids for m in labels), tuple(scalars))
+        )
+
+    def read(self, tensor: Tensor, axis: int) -> tuple[Tensor, Labels | None]:
+        """What a consumer sees along one axis of its input: 1-D ids, and the labels they are from.
+
+        Labels that also vary along other axes (a pixel shuffle) are united there; two labels on one
+        element (an outer product) or none along this axis give anonymous ids.
+        """
+        axis %= tensor.ndim
+        along = [m for m in self.labels(tensor) if axis in m.axes]
+        if len(along) != 1:
+            self.pin(along, "two channels meet on one element")
+            return torch.zeros(tensor.shape[axis], dtype=torch.int64), None
+        (m,) = along
+        if len(m.axes) == 1:
+            return m.ids.reshape(-1), m
+        flat = m.ids.movedim(axis, 0).reshape(tensor.shape[axis], -1)
+        self.unite(flat, flat[:, :1])
+        return flat[:, 0], m
+
+    def consume(self, tensor: Tensor, axis: int) -> tuple[Tensor, Labels | None]:
+        """`read`, by something that sums over the channels: what is removed must have been zero."""
+        ids, m = self.read(tensor, axis)
+        if m is not None:
+            self.expose([m])
+            if not m.clean:
+                self.pin(m.ids, "zero does not stay zero on the way here")
+        return ids, m
+
+    def meet(self, tensor: Tensor | None, axis: int, ids: Tensor) -> None:
+        """Channels `ids` arrive at one axis of a weight: its slot takes their labels over."""
+        if tensor is None:
+            return
+        name = self.names.get(id(tensor))
+        if name is None:
+            self.unite(self.read(tensor, axis)[0], ids)
+        elif self._labelled(name, tensor, axis):
+            self.unite(self.slots.setdefault((name, axis), ids), ids)
+
+    def out_ids(self, tensor: Tensor, axis: int) -> tuple[Tensor, frozenset[Slot]]:
+        """The ids that a weight hands out along its output axis, and the slots behind them."""
+        name = self.names.get(id(tensor))
+        if name is None:
+            ids, m = self.read(tensor, axis)
+            return ids, m.sources if m else _NOTHING
+        if not self._labelled(name, tensor, axis):
+            return torch.zeros(tensor.shape[axis], dtype=torch.int64), _NOTHING
+        return self.slot(name, axis, tensor.shape[axis]), frozenset({(name, axis)})
+
+    def in_slots(self, tensor: Tensor, axis: int) -> frozenset[Slot]:
+        name = self.names.get(id(tensor))
+        if name is not None:
+            return frozenset({(name, axis)})
+        sources = (m.sources for m in self.labels(tensor) if axis in m.axes)
+        return frozenset().union(*sources)
+
+    # The run -------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        known = self._known.get(func)
+        if known is None:
+            known = self._known[func] = self._look_up(func)
+        rule, self.operation, inplace = known
+        if rule is None:
+            self._unknown(args, kwargs, out)
+        else:
+            rule(self, self.operation, args, kwargs, out, inplace)
+        return out
+
+    def _look_up(self, func: Any) -> tuple[Callable | None, str, bool]:
+        name = func._schema.name
+        inplace = func._schema.is_mutable and name.endswith("_") and not name.endswith("__")
+        base = name.removeprefix("aten::")
+        base = base[:-1] if inplace else base
+        writes_elsewhere = func._schema.is_mutable and not inplace and base not in self.rules
+        return None if writes_elsewhere else self.rules.get(base), base, inplace
+
+    def _unknown(self, args: Any, kwargs: Any, out: Any) -> None:
+        found = [m for t in _tensors((args, kwargs)) for m in self.labels(t)]
+        if found:
+            self.record(found)
+            self.expose(found)
+            self.pin(found, "unknown operation")
+        for tensor in _tensors(out):
+            self.set(tensor, ())
+
+    def _labelled(self, name: str, tensor: Tensor, axis: int) -> bool:
+        # Of weights with a kernel only the two channel axes; an axis of size 1 broadcasts.
+        if self.given:
+            return (name, axis) in self.slots
+        return (
+            tensor.is_floating_point()
+            and tensor.shape[axis] > 1
+            and (axis < 2 or tensor.ndim == 3)
+        )
+
+    def run(self, model: nn.Module, args: tuple, kwargs: dict) -> Any:
+        """One forward in eval mode without gradients; model, RNG and mode stay as they were."""
+        with _eval(model), torch.no_grad(), _module_stack(self), _Escapes(self), self:
+            out = model(*args, **kwargs)
+        self.operation = "output"
+        found = [m for t in _tensors(out) for m in self.labels(t)]
+        self.record(found)
+        self.expose(found)
+        self.pin(found, "model output")
+        for tensor in _tensors(out):
+            for key in (_LABELS, _VIEWED):
+                if hasattr(tensor, key):
+                    delattr(tensor, key)
+        return out
+
+
+class _Escapes(TorchFunctionMode):
+    """Values that leave PyTorch come back from nowhere: their channels are protected."""
+
+    FUNCTIONS = frozenset(
+        getattr(Tensor, name)
+        for name in ("numpy", "__array__", "tolist", "data_ptr", "__dlpack__", "untyped_storage")
+    )
+
+    def __init__(self, tracer: Tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.FUNCTIONS:
+            self.tracer.operation = func.__name__
+            found = self.tracer.labels(args[0])
+            self.tracer.expose(found)
+            self.tracer.pin(found, "values leave PyTorch")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _eval(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {t.device for _, t in named_tensors(model) if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+@contextlib.contextmanager
+def _module_stack(tracer: Tracer) -> Iterator[None]:
+    def enter(module: nn.Module, args: Any) -> None:
+        tracer.deepest = tracer.paths.get(id(module), tracer.module)
+        tracer.stack.append(tracer.deepest)
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        tracer.stack.pop()
+
+    hooks = (
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, each once, in state-dict order."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def arguments(example_inputs: Any) -> tuple[tuple, dict]:
+    """A tensor, a tuple or list of positional inputs, or a dict of keyword inputs."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if not isinstance(example_inputs, Tensor):
+        raise MaskSparsityError(
+            f"example_inputs must be a tensor, a tuple or a dict, not {type(example_inputs).__name__}"
+        )
+    return (example_inputs,), {}
+
+
+def batch_size(args: tuple, kwargs: dict) -> int:
+    """The length of the first axis of the first input tensor."""
+    first = next(_tensors((args, kwargs)), None)
+    return max(1, first.shape[0]) if first is not None and first.ndim > 1 else 1
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _along(ids: Tensor, axis: int, ndim: int) -> Tensor:
+    return ids.view([-1 if a == axis else 1 for a in range(ndim)])

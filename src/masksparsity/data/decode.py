@@ -1,0 +1,94 @@
+"""Bytes of an image file to pixels: the one place where image files are decoded."""
+
+import io
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from masksparsity.channels.errors import MaskSparsityError
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """One encoded image: a file, a stretch of a tar archive, or (of a compressed one) its bytes."""
+
+    path: str
+    member: str = ""
+    offset: int = 0
+    length: int = -1
+    content: bytes | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}/{self.member}" if self.member else self.path
+
+    def read(self) -> bytes:
+        if self.content is not None:
+            return self.content
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.length)
+
+    def decode(self) -> Any:
+        """The RGB image, a `PIL.Image`.
+
+        Raises:
+            MaskSparsityError: names the file that is not a readable image.
+        """
+        from PIL import Image
+
+        try:
+            return Image.open(io.BytesIO(self.read())).convert("RGB")
+        except Exception as error:  # each of the format readers raises its own
+            raise MaskSparsityError(f"{self.name} is not a readable image: {error}") from error
+
+
+def center_crop(image_size: int) -> Callable[[Any], Any]:
+    """The usual way to evaluate: shorter side to 8/7 of the size (small ones: to it), centre."""
+    from torchvision.transforms import v2
+
+    shorter = image_size if image_size < 64 else round(image_size / 0.875)
+    return v2.Compose([v2.Resize(shorter), v2.CenterCrop(image_size)])
+
+
+def pixels(image: Any, file: ImageFile, size: tuple[int, int]) -> Tensor:
+    """uint8 [H, W, 3] of a decoded image, which must have `size` (height, width) by now."""
+    import numpy as np
+
+    if image.size != size[::-1]:
+        raise MaskSparsityError(
+            f"{file.name} has {image.height}x{image.width} pixels where others have "
+            f"{size[0]}x{size[1]}; bring them to one size with --data.image-size"
+        )
+    return torch.from_numpy(np.array(image))
+
+
+def decode_all(
+    files: Sequence[ImageFile], size: tuple[int, int], image_size: int | None, where: object
+) -> Tensor:
+    """All images, uint8 [N, 3, H, W] in channels_last order, decoded in threads.
+
+    Says on stderr how far it is, every two seconds.
+    """
+    transform = center_crop(image_size) if image_size else None
+    images = torch.empty(len(files), *size, 3, dtype=torch.uint8)
+
+    def decode(start: int) -> None:
+        for index, file in enumerate(files[start : start + chunk], start):
+            image = file.decode()
+            images[index] = pixels(transform(image) if transform else image, file, size)
+
+    chunk, spoken = 256, time.monotonic()
+    with ThreadPoolExecutor() as threads:
+        starts = range(0, len(files), chunk)
+        for start, _ in zip(starts, threads.map(decode, starts), strict=True):
+            if time.monotonic() - spoken > 2:
+                spoken = time.monotonic()
+                print(f"{where}: decoded {start + chunk} of {len(files)} images", file=sys.stderr)
+    return images.permute(0, 3, 1, 2)

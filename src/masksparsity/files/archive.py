@@ -1,0 +1,110 @@
+"""Slim archives: one safetensors file that rebuilds a pruned model, and cannot run code.
+
+Its tensors are all parameters and buffers; its metadata holds the constructor (a name of our
+registry with plain arguments) and the groups of convolutions, which no shape tells.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as encode
+from torch import nn
+
+from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.channels.surgery import rebuild
+from masksparsity.channels.trace import named_tensors
+from masksparsity.models.registry import Constructor, constructor
+
+from . import atomic
+
+_FORMAT = "masksparsity archive 1"
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write a model, pruned or not, so that `load(path)` rebuilds it.
+
+    Models that `masksparsity.models.create` did not build are saved as well; `load` then needs
+    `model=`, a dense one to shrink.
+    """
+    built = constructor(model)
+    about = {
+        "format": _FORMAT,
+        "constructor": None if built is None else {"name": built.name, "kwargs": dict(built.kwargs)},
+        "groups": _groups(model),
+    }
+    tensors = {n: t.detach().cpu().contiguous() for n, t in named_tensors(model)}
+    atomic.write(Path(path), encode(tensors, {"masksparsity": json.dumps(about)}))
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Rebuild a model from its archive, on the CPU, in eval mode.
+
+    Args:
+        model: a dense model of the user's own to shrink (a copy; it stays as it is); without it
+            the archive's constructor builds one.
+
+    Raises:
+        MaskSparsityError: a damaged file, one that is no archive, a constructor outside the
+            registry, or tensors that do not fit the dense model; says which.
+    """
+    path = Path(path)
+    tensors, about = _read(path)
+    try:
+        if model is None:
+            model = _dense(about)
+        own = dict(named_tensors(model))
+        _check(own, tensors)
+        # Copies even where no axis changed: the slim model shares no memory with `model`.
+        slim = rebuild(model, {n: t.to(own[n].dtype) for n, t in tensors.items()})
+        if _groups(slim) != about["groups"]:
+            raise MaskSparsityError("the groups of its convolutions are not this model's")
+    except MaskSparsityError as error:
+        raise MaskSparsityError(f"{path}: {error}") from error
+    return slim.eval()
+
+
+def _dense(about: dict[str, Any]) -> nn.Module:
+    made = about["constructor"]
+    if made is None:
+        raise MaskSparsityError("holds no constructor: pass the dense model as model=")
+    built = Constructor.from_untrusted(made["name"], made["kwargs"])
+    with torch.device("meta"):  # its own weights are never needed
+        return built.build()
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get("masksparsity", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise MaskSparsityError(f"{path}: no such file") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise MaskSparsityError(f"{path} is damaged or no safetensors file: {error}") from error
+    if not isinstance(about, dict) or about.get("format") != _FORMAT:
+        raise MaskSparsityError(f"{path} is no archive of a slim model (masksparsity.save writes them)")
+    return tensors, about
+
+
+def _check(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
+    if own.keys() != tensors.keys():
+        odd = sorted(own.keys() ^ tensors.keys())
+        raise MaskSparsityError(f"another architecture: {odd[0]} is in one of the two only")
+    for name, tensor in tensors.items():
+        dense = own[name].shape
+        if len(dense) != tensor.ndim or any(n > d for n, d in zip(tensor.shape, dense, strict=True)):
+            raise MaskSparsityError(
+                f"another architecture: {name} is {tuple(tensor.shape)} in the file and "
+                f"{tuple(dense)} in the dense model"
+            )
+
+
+def _groups(model: nn.Module) -> dict[str, int]:
+    return {
+        name: module.groups
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.conv._ConvNd) and module.groups != 1
+    }
