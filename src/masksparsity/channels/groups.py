@@ -56,9 +56,8 @@ class ChannelGroup:
         return self.reason is None
 
     def __repr__(self) -> str:
-        what = "prunable" if self.prunable else f"protected: {self.reason}"
-        where = ", ".join(f"{s.tensor}[{':, ' * s.axis}i]" for s in self.slices)
-        return f"{self.name}: {self.size} channels, {what}\n    {where}"
+        what = "" if self.prunable else f"  protected: {self.reason}"
+        return f"{self.name}: {self.size} channels in {len(self.slices)} tensors{what}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +69,11 @@ class ChannelGraph:
     """(tensor, axis) -> int64 unit of every index, -1 where it belongs to none."""
     norms: tuple[Norm, ...]
     producers: frozenset[Slot]
+    """Axes along which a channel is made: zero there, and it is zero."""
     exposed: frozenset[Slot]
+    """The producers that something other than a norm reads."""
+    consumers: frozenset[Slot]
+    """Axes that a convolution or matrix product sums over."""
     records: tuple[Record, ...]
     layers: tuple[Layer, ...]
     shapes: Mapping[str, torch.Size]
@@ -116,11 +119,16 @@ class ChannelGraph:
     def __str__(self) -> str:
         dense = self.cost()
         lines = [
-            f"{len(self.prunable)} prunable groups with {sum(g.size for g in self.prunable)} units, "
+            f"{len(self.prunable)} prunable groups with {sum(g.size for g in self.prunable)} channels, "
             f"{len(self.protected)} protected; {dense.macs / 1e6:,.1f} M MACs, "
             f"{dense.params / 1e6:,.2f} M parameters"
         ]
-        return "\n".join([*lines, *(repr(group) for group in self.groups)])
+        for group in self.groups:
+            made = [f"{s.tensor}" for s in group.slices if (s.tensor, s.axis) in self.producers]
+            read = [f"{s.tensor}" for s in group.slices if (s.tensor, s.axis) in self.consumers]
+            lines.append(repr(group))
+            lines.append(f"    made by {_some(made)}; read by {_some(read)}")
+        return "\n".join(lines)
 
 
 def trace(
@@ -227,7 +235,8 @@ def _solve(tracer: Tracer, model: nn.Module, example: Any, batch: int) -> Channe
         slots=units,
         norms=tuple(tracer.norms.values()),
         producers=frozenset(tracer.producers & tracer.slots.keys()),
-        exposed=frozenset(tracer.exposed & tracer.producers),
+        exposed=frozenset(tracer.exposed & tracer.producers & tracer.slots.keys()),
+        consumers=frozenset(tracer.consumers),
         records=tuple(r._replace(ids=tuple(map(units_of, r.ids))) for r in tracer.records),
         layers=tuple(
             Layer(p.module, p.factor / batch, units_of(p.outputs), units_of(p.inputs))
@@ -295,6 +304,12 @@ def _unique(name: str, taken: set[str]) -> str:
         candidate = f"{name}#{k}"
     taken.add(candidate)
     return candidate
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    names = list(dict.fromkeys(n.removesuffix(".weight") for n in names if not n.endswith(".bias")))
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "nothing known"
 
 
 def _shape(shape: torch.Size | None) -> str:

@@ -50,7 +50,7 @@ class ImageFile:
 
 
 def center_crop(image_size: int) -> Callable[[Any], Any]:
-    """The usual way to evaluate: shorter side to 8/7 of the size (small ones: to it), centre."""
+    """The centre of an image whose shorter side is brought to 8/7 of the size; under 64, to it."""
     from torchvision.transforms import v2
 
     shorter = image_size if image_size < 64 else round(image_size / 0.875)
@@ -77,6 +77,7 @@ def decode_all(
     Says on stderr how far it is, every two seconds.
     """
     transform = center_crop(image_size) if image_size else None
+    chunk = 256  # images per task: many small ones would cost more to hand out than to decode
     images = torch.empty(len(files), *size, 3, dtype=torch.uint8)
 
     def decode(start: int) -> None:
@@ -84,11 +85,11 @@ def decode_all(
             image = file.decode()
             images[index] = pixels(transform(image) if transform else image, file, size)
 
-    chunk, spoken = 256, time.monotonic()
+    spoken = time.monotonic()
     with ThreadPoolExecutor() as threads:
-        starts = range(0, len(files), chunk)
-        for start, _ in zip(starts, threads.map(decode, starts), strict=True):
+        for number, _ in enumerate(threads.map(decode, range(0, len(files), chunk)), 1):
             if time.monotonic() - spoken > 2:
                 spoken = time.monotonic()
-                print(f"{where}: decoded {start + chunk} of {len(files)} images", file=sys.stderr)
+                done = min(number * chunk, len(files))
+                print(f"{where}: decoded {done} of {len(files)} images", file=sys.stderr)
     return images.permute(0, 3, 1, 2)

@@ -95,7 +95,7 @@ class Plan:
         # The CPU generator reads 32 bits of its seed: no shifting of the seed out of their reach.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + index) % 2**32)
         if not self.train:
-            return torch.arange(self.rank, self.images, self.world), generator
+            return torch.arange(self.images)[self.rank :: self.world], generator
         order = torch.randperm(self.images, generator=generator)
         return order[self.rank :: self.world][: self.samples], generator
 

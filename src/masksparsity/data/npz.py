@@ -12,8 +12,8 @@ from masksparsity.models.userfunction import user_function
 def digits(config: DataConfig) -> ImageSet:
     """1,797 handwritten digits of 8x8 pixels, 10 classes: scikit-learn's `load_digits`.
 
-    Origin: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine
-    Learning Repository, CC BY 4.0. The original values 0..16 are stored times 15, as uint8 0..240.
+    They are the test part of E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits,
+    UCI Machine Learning Repository, 1998. The values 0..16 are stored times 15, as uint8 0..240.
     Of every class, in the original order, each fifth image is a test image: 1,442 train, 355 test.
     """
     return _set(Path(__file__).with_name("digits.npz"), crop_padding=1)
@@ -47,7 +47,8 @@ def _set(path: Path, crop_padding: int = 0) -> ImageSet:
     if not path.is_file():
         raise MaskSparsityError(f"{path}: no such npz file")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, since NumPy leaves a file that it cannot read open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except Exception as error:  # zip, zlib, numpy and the file system each raise their own
         raise MaskSparsityError(

@@ -43,6 +43,8 @@ def create(
     Raises:
         MaskSparsityError: unknown name, files missing or damaged, settings that do not fit them.
     """
+    if config.download and world > 1:
+        raise MaskSparsityError("download in one process first: all ranks would write one file")
     images = _source(config)
     if isinstance(images, Data):
         return images

@@ -60,9 +60,9 @@ class ResidentLoader:
         offset = torch.randint(self.offsets, (2, images), generator=generator)
         mirrored = torch.randint(1 + self.flip, (1, images), generator=generator)
         drawn = torch.cat((order[None], offset[:, order], mirrored[:, order]))
-        for image, top, left, mirror in (
-            part.unbind() for part in drawn.to(self.labels.device).split(self.plan.batch_size, 1)
-        ):
+        drawn = drawn.to(self.labels.device)
+        for start in range(0, self.samples, self.plan.batch_size):
+            image, top, left, mirror = drawn[:, start : start + self.plan.batch_size]
             yield self.normalize(self._crop(image, top, left, mirror)), self.labels[image]
 
     def _crop(self, image: Tensor, top: Tensor, left: Tensor, mirror: Tensor) -> Tensor:

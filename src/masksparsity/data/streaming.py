@@ -15,9 +15,9 @@ from masksparsity.data.loader import Batch, Normalize, Plan
 class StreamingLoader:
     """A `Loader` over image files; workers hand over uint8, the device normalises.
 
-    Training images are a `RandomResizedCrop`, or with `crop_padding` the centre, padded with zeros
-    and cropped at random. What is random about an image depends on the seed, the epoch and the
-    image alone, not on the number of workers.
+    Training images from 64 pixels are a `RandomResizedCrop`; with `crop_padding`, the image padded
+    with zeros and cropped at random. What is random about an image depends on the seed, the epoch
+    and the image alone, not on the number of workers.
     """
 
     def __init__(

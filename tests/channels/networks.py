@@ -1,0 +1,153 @@
+"""Random networks and masks, for tests and for the fuzzing command."""
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import masksparsity as ms
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int, inner: int, act: nn.Module):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, inner, 1, bias=False), nn.BatchNorm2d(inner), act,
+            nn.Conv2d(inner, width, 3, padding=1, bias=False), nn.BatchNorm2d(width),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.body(x))
+
+
+class Gate(nn.Module):
+    """Squeeze and excitation."""
+
+    def __init__(self, width: int, inner: int, gate: nn.Module):
+        super().__init__()
+        self.squeeze, self.excite, self.gate = nn.Linear(width, inner), nn.Linear(inner, width), gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.excite(torch.relu(self.squeeze(x.mean((2, 3)))))
+        return x * self.gate(s)[:, :, None, None]
+
+
+class Dense(nn.Module):
+    def __init__(self, width: int, grow: int):
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(width), nn.Conv2d(width, grow, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv(torch.relu(self.norm(x)))], 1)
+
+
+class Chunk(nn.Module):
+    """Halves go separate ways and meet again: C2f, CSP."""
+
+    def __init__(self, width: int, literal: bool):
+        super().__init__()
+        half = width // 2
+        self.half = half if literal else None
+        self.conv, self.norm = nn.Conv2d(half, half, 3, padding=1), nn.BatchNorm2d(half)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, 1) if self.half is None else (x[:, : self.half], x[:, self.half :])
+        return torch.cat([a, torch.relu(self.norm(self.conv(b)))], 1)
+
+
+class Shuffle(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+class Strided(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, ::2], x[:, 1::2]], 1)
+
+
+class Offset(nn.Module):
+    """A raw parameter in forward."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.offset = nn.Parameter(torch.randn(1, width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) + self.offset
+
+
+class Flatten(nn.Module):
+    def __init__(self, literal: int | None):
+        super().__init__()
+        self.literal = literal
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) if self.literal is None else x.view(-1, self.literal)
+
+
+ACTIVATIONS = (nn.ReLU(), nn.ReLU(inplace=True), nn.SiLU(), nn.Sigmoid(), nn.Hardswish(), nn.GELU())
+GATES = (nn.Sigmoid(), nn.Hardsigmoid(inplace=True))
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> nn.Sequential:
+    """A random sequence of blocks on (2, 3, 8, 8) inputs, ending in a classifier."""
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    width = draw(st.sampled_from((8, 12)))
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)]
+    literal = draw(st.integers(0, 9)) == 0
+    for _ in range(draw(st.integers(1, 5))):
+        act = draw(st.sampled_from(ACTIVATIONS))
+        kind = draw(st.integers(0, 11))
+        if kind == 0:
+            layers += [act, Residual(width, draw(st.integers(2, 9)), act)]
+        elif kind == 1:  # depthwise separable
+            layers += [nn.Conv2d(width, width, 3, padding=1, groups=width), nn.BatchNorm2d(width), act]
+        elif kind == 2:  # grouped
+            layers += [nn.Conv2d(width, width, 3, padding=1, groups=2), nn.BatchNorm2d(width), act]
+        elif kind == 3:
+            layers += [Gate(width, draw(st.integers(2, 6)), draw(st.sampled_from(GATES)))]
+        elif kind == 4:
+            grow = 2 * draw(st.integers(1, 3))
+            layers += [Dense(width, grow)]
+            width += grow
+        elif kind == 5:
+            layers += [Chunk(width, literal)]
+        elif kind == 6:
+            layers += [Shuffle()]
+        elif kind == 7:
+            layers += [Strided()]
+        elif kind == 8:
+            layers += [Offset(width)]
+        elif kind == 9:  # depthwise with a multiplier
+            layers += [nn.Conv2d(width, 2 * width, 1, groups=width), act]
+            width *= 2
+        elif kind == 10:
+            layers += [nn.ConvTranspose2d(width, width, 3, padding=1), nn.PReLU(width)]
+        else:
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), act]
+    layers += [nn.AdaptiveAvgPool2d(2), Flatten(4 * width if literal else None)]
+    return nn.Sequential(*layers, nn.Linear(4 * width, 5))
+
+
+def random_mask(graph: ms.ChannelGraph, seed: int, most: float = 0.8) -> ms.KeepMask:
+    """Another fraction in every group, at least one channel each."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = {}
+    for group in graph.prunable:
+        fraction = most * torch.rand((), generator=generator)
+        values = torch.rand(group.size, generator=generator) >= fraction
+        values[torch.randint(group.size, (), generator=generator)] = True
+        keep[group.name] = values
+    return ms.KeepMask(graph, keep)
+
+
+def calibrated(model: nn.Module, inputs: Tensor) -> nn.Module:
+    """Double precision, with norms that matter: random networks tend to ignore inner channels."""
+    model = model.double()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+    ms.recalibrate(model, [inputs])
+    return model.eval()
