@@ -24,7 +24,11 @@ class Gate(nn.Module):
 
     def __init__(self, width: int, inner: int, gate: nn.Module):
         super().__init__()
-        self.squeeze, self.excite, self.gate = nn.Linear(width, inner), nn.Linear(inner, width), gate
+        self.squeeze, self.excite, self.gate = (
+            nn.Linear(width, inner),
+            nn.Linear(inner, width),
+            gate,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         s = self.excite(torch.relu(self.squeeze(x.mean((2, 3)))))
@@ -102,7 +106,11 @@ def networks(draw: st.DrawFn) -> nn.Sequential:
         if kind == 0:
             layers += [act, Residual(width, draw(st.integers(2, 9)), act)]
         elif kind == 1:  # depthwise separable
-            layers += [nn.Conv2d(width, width, 3, padding=1, groups=width), nn.BatchNorm2d(width), act]
+            layers += [
+                nn.Conv2d(width, width, 3, padding=1, groups=width),
+                nn.BatchNorm2d(width),
+                act,
+            ]
         elif kind == 2:  # grouped
             layers += [nn.Conv2d(width, width, 3, padding=1, groups=2), nn.BatchNorm2d(width), act]
         elif kind == 3:

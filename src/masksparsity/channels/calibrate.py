@@ -10,7 +10,7 @@ from .errors import MaskSparsityError
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Replace running means and variances by their plain average over `batches` of inputs, in place.
+    """Set running means and variances to their plain average over `batches` of inputs, in place.
 
     Returns the number of batches. Other modules stay in eval mode meanwhile; modes are restored.
     A layer that sees its batch more than once in a forward counts each time.

@@ -83,4 +83,3 @@ class Counter:
 def count(graph: "ChannelGraph", keep: "KeepMask | None" = None) -> Cost:
     """The cost of the dense network, or of what `keep` leaves of it."""
     return graph.counter(graph.counter.sizes if keep is None else keep.kept)
-

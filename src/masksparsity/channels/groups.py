@@ -1,6 +1,6 @@
 """Which slices of which tensors live and die together."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import rules as table
 from .cost import Cost, Counter, Layer, count
 from .errors import MaskSparsityError
-from .trace import Norm, Reason, Record, Slot, Tracer, arguments, batch_size, named_tensors
+from .trace import Norm, Reason, Record, Rule, Slot, Tracer, arguments, batch_size, named_tensors
 
 if TYPE_CHECKING:
     from .mask import KeepMask
@@ -29,7 +29,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels of one pattern. Its `size` units can be removed one by one, each everywhere at once."""
+    """`size` channels of one pattern: each can go by itself, everywhere at once."""
 
     name: str
     size: int
@@ -45,7 +45,9 @@ class ChannelGroup:
         """What goes with the group's channels, tensor by tensor."""
         found = []
         for (tensor, axis), units in self.slots.items():
-            position = ((units >= self.start) & (units < self.start + self.size)).nonzero().squeeze(1)
+            position = (
+                ((units >= self.start) & (units < self.start + self.size)).nonzero().squeeze(1)
+            )
             if len(position):
                 position = position[torch.argsort(units[position], stable=True)]
                 found.append(Slice(tensor, axis, position.view(self.size, -1)))
@@ -60,7 +62,7 @@ class ChannelGroup:
         return f"{self.name}: {self.size} channels in {len(self.slices)} tensors{what}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ChannelGraph:
     """The coupled channels of a network, as `trace` found them. `print` it for a report."""
 
@@ -79,7 +81,7 @@ class ChannelGraph:
     shapes: Mapping[str, torch.Size]
     parameters: frozenset[str]
     example: tuple[tuple, dict]
-    rules: Mapping[str, Callable]
+    rules: Mapping[str, Rule]
 
     @cached_property
     def by_name(self) -> dict[str, ChannelGroup]:
@@ -116,13 +118,16 @@ class ChannelGraph:
                     "trace the model that you prune"
                 )
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         dense = self.cost()
-        lines = [
-            f"{len(self.prunable)} prunable groups with {sum(g.size for g in self.prunable)} channels, "
-            f"{len(self.protected)} protected; {dense.macs / 1e6:,.1f} M MACs, "
+        return (
+            f"{len(self.prunable)} prunable groups with {sum(g.size for g in self.prunable)} "
+            f"channels, {len(self.protected)} protected; {dense.macs / 1e6:,.1f} M MACs, "
             f"{dense.params / 1e6:,.2f} M parameters"
-        ]
+        )
+
+    def __str__(self) -> str:
+        lines = [repr(self)]
         for group in self.groups:
             made = [f"{s.tensor}" for s in group.slices if (s.tensor, s.axis) in self.producers]
             read = [f"{s.tensor}" for s in group.slices if (s.tensor, s.axis) in self.consumers]
@@ -136,7 +141,7 @@ def trace(
     example_inputs: Any,
     *,
     protect: tuple[str, ...] = (),
-    rules: Mapping[str, Callable] | None = None,
+    rules: Mapping[str, Rule] | None = None,
 ) -> ChannelGraph:
     """Find the coupled channels of `model` by one forward on `example_inputs`.
 
@@ -186,7 +191,10 @@ def _solve(tracer: Tracer, model: nn.Module, example: Any, batch: int) -> Channe
     )
     # Components of one pattern own the same axes equally often: a random hash per axis, summed.
     hashes = torch.randint(
-        -(2**62), 2**62, (len(slots) + len(reasons) + 1,), generator=torch.Generator().manual_seed(0)
+        -(2**62),
+        2**62,
+        (len(slots) + len(reasons) + 1,),
+        generator=torch.Generator().manual_seed(0),
     )
     pattern = hashes[len(slots) + 1 :][verdict] if reasons else torch.zeros_like(verdict)
     pattern = torch.where(verdict < 0, hashes[len(slots)], pattern)
@@ -214,14 +222,18 @@ def _solve(tracer: Tracer, model: nn.Module, example: Any, batch: int) -> Channe
         return flat[id(ids)]
 
     _, sizes = torch.unique_consecutive(leader, return_counts=True)
-    groups, start, taken = [], 0, set()
+    groups: list[ChannelGroup] = []
+    taken: set[str] = set()
+    start = 0
     scales = _scales(tracer, units, sizes)
     for k, size in enumerate(sizes.tolist()):
         slot = slots[int(slot_of[leader[start] % len(entries)])]
         why = int(verdict[alive[start]])
         groups.append(
             ChannelGroup(
-                name=_unique(slot[0] if slot[0].count(".") == 0 else slot[0].rpartition(".")[0], taken),
+                name=_unique(
+                    slot[0] if slot[0].count(".") == 0 else slot[0].rpartition(".")[0], taken
+                ),
                 size=size,
                 start=start,
                 reason=reasons[why] if why >= 0 else None,

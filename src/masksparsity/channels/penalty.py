@@ -98,7 +98,9 @@ def _scale_slots(
             if name is not None:
                 units = graph.slots[name, 0]
                 slots[name, 0] = (
-                    torch.ones_like(units, dtype=torch.bool) if keep is None else ~keep.slot(name, 0)
+                    torch.ones_like(units, dtype=torch.bool)
+                    if keep is None
+                    else ~keep.slot(name, 0)
                 )
     return slots
 
@@ -139,9 +141,9 @@ class MaskedL1(Penalty):
             return
         scales = [self.tensors[name] for name in names]
         if self.kind == "l1":
-            direction = torch._foreach_sign(scales)
+            direction = list(torch._foreach_sign(scales))
         elif self.kind == "l2":
-            direction = torch._foreach_mul(scales, 1.0)
+            direction = [s.clone() for s in scales]
         else:
             if self._optimizer is None:
                 raise MaskSparsityError("smooth_l1 needs the learning rate: use attach(optimizer)")
@@ -154,7 +156,7 @@ class MaskedL1(Penalty):
         factor = getattr(self._optimizer, "grad_scale", None)
         if factor is not None:
             torch._foreach_mul_(direction, factor)
-        torch._foreach_add_([s.grad for s in scales], direction)
+        torch._foreach_add_([s.grad for s in scales if s.grad is not None], direction)
 
 
 class Proximal(Penalty):
@@ -163,7 +165,11 @@ class Proximal(Penalty):
     Gives exact zeros; what has reached zero stays there."""
 
     def __init__(
-        self, model: nn.Module, graph: ChannelGraph, keep: KeepMask | None = None, strength: float = 5e-4
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        keep: KeepMask | None = None,
+        strength: float = 5e-4,
     ):
         super().__init__(model, _scale_slots(model, graph, keep, shifts=True))
         self.strength = strength
@@ -212,9 +218,7 @@ class ScheduledDecay(Penalty):
         if steps < 1:
             raise MaskSparsityError(f"steps={steps}: at least 1")
         graph.check(model)
-        slots = {
-            slot: ~keep.slot(*slot) for slot in graph.exposed if slot[0] in graph.parameters
-        }
+        slots = {slot: ~keep.slot(*slot) for slot in graph.exposed if slot[0] in graph.parameters}
         super().__init__(model, dict(sorted(slots.items())))
         self.steps = steps
         self.start = {
@@ -222,7 +226,8 @@ class ScheduledDecay(Penalty):
         }
         # Where nothing is masked the cap is infinite.
         self.free = {
-            name: torch.zeros_like(m).masked_fill_(m == 0, torch.inf) for name, m in self.masked.items()
+            name: torch.zeros_like(m).masked_fill_(m == 0, torch.inf)
+            for name, m in self.masked.items()
         }
         device = next(iter(self.tensors.values())).device if self.tensors else None
         self.step = torch.zeros((), device=device)

@@ -22,7 +22,12 @@ class _Ranking:
     """The units that may go, and how many of each group really do."""
 
     def __init__(
-        self, graph: ChannelGraph, scores: Scores, min_keep: int, round_to: int, ignore: tuple[str, ...]
+        self,
+        graph: ChannelGraph,
+        scores: Scores,
+        min_keep: int,
+        round_to: int,
+        ignore: tuple[str, ...],
     ):
         if min_keep < 1 or round_to < 1:
             raise MaskSparsityError("min_keep and round_to are at least 1")

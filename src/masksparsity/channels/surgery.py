@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,14 +87,14 @@ def rebuild(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
             new.__dict__.update(old.__dict__)
             memo[id(old)] = new
     slim = copy.deepcopy(model, memo)  # shared modules and tied weights stay shared and tied
-    for old, new in zip(model.modules(), slim.modules(), strict=True):
-        fix = next((ATTRIBUTES[t] for t in type(new).__mro__ if t in ATTRIBUTES), None)
+    for before, after in zip(model.modules(), slim.modules(), strict=True):
+        fix = next((ATTRIBUTES[t] for t in type(after).__mro__ if t in ATTRIBUTES), None)
         if fix is not None:
-            fix(old, new)
+            fix(before, after)
     return slim
 
 
-def _conv(old: nn.Module, new: nn.Module) -> None:
+def _conv(old: Any, new: Any) -> None:
     outputs, inputs = new.weight.shape[:2]
     if old.groups > 1 and old.weight.shape[1] == 1:  # depthwise: a group per input channel
         new.groups = outputs * old.groups // old.out_channels
@@ -101,25 +102,25 @@ def _conv(old: nn.Module, new: nn.Module) -> None:
     new.out_channels, new.in_channels = outputs, inputs * new.groups
 
 
-def _conv_transpose(old: nn.Module, new: nn.Module) -> None:
+def _conv_transpose(old: Any, new: Any) -> None:
     new.in_channels, new.out_channels = new.weight.shape[0], new.weight.shape[1] * new.groups
 
 
-def _linear(old: nn.Module, new: nn.Module) -> None:
+def _linear(old: Any, new: Any) -> None:
     new.out_features, new.in_features = new.weight.shape
 
 
-def _norm(old: nn.Module, new: nn.Module) -> None:
+def _norm(old: Any, new: Any) -> None:
     tensor = new.weight if new.weight is not None else new.running_mean
     if tensor is not None:
         new.num_features = len(tensor)
 
 
-def _prelu(old: nn.Module, new: nn.Module) -> None:
+def _prelu(old: Any, new: Any) -> None:
     new.num_parameters = len(new.weight)
 
 
-ATTRIBUTES: dict[type, Callable[[nn.Module, nn.Module], None]] = {
+ATTRIBUTES: dict[type, Callable[[Any, Any], None]] = {
     nn.modules.conv._ConvNd: _conv,
     nn.modules.conv._ConvTransposeNd: _conv_transpose,
     nn.Linear: _linear,
@@ -156,5 +157,3 @@ def _carry_over(
         group["params"] = [new[names[id(p)]] for p in group["params"]]
     optimizer.state.clear()
     optimizer.state.update({p: entries for p, entries in state.items() if entries})
-
-

@@ -23,7 +23,7 @@ Slot = tuple[str, int]
 """One axis of one parameter or buffer: (name in the model, axis)."""
 
 ANONYMOUS = 0
-"""The label of everything that came from nowhere we know; it is protected, and so is what it meets."""
+"""The label of all that came from nowhere we know: protected, and so is what it meets."""
 
 _LABELS, _VIEWED = "_masksparsity_labels", "_masksparsity_viewed"
 _NOTHING: frozenset[Slot] = frozenset()
@@ -79,6 +79,10 @@ class Norm(NamedTuple):
     bias: str | None
 
 
+Rule = Callable[["Tracer", str, Any, Any, Any, bool], None]
+"""`rule(tracer, operation, args, kwargs, out, inplace)`, called after the operation ran."""
+
+
 class Tracer(TorchDispatchMode):
     """Follows labels through one forward.
 
@@ -87,14 +91,17 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(
-        self, model: nn.Module, rules: Mapping[str, Callable], given: dict[Slot, Tensor] | None = None
+        self,
+        model: nn.Module,
+        rules: Mapping[str, Rule],
+        given: dict[Slot, Tensor] | None = None,
     ):
         super().__init__()
         self.rules = rules
         self.names = {id(tensor): name for name, tensor in named_tensors(model)}
         self.paths = {id(module): name for name, module in model.named_modules()}
         self.stack: list[str] = [""]
-        self.deepest = ""  # the module entered last
+        self.failed: str | None = None  # the module whose forward raised
         self.given = given is not None
         self.slots: dict[Slot, Tensor] = dict(given or {})
         self.count = ANONYMOUS + 1
@@ -106,7 +113,7 @@ class Tracer(TorchDispatchMode):
         self.producers: set[Slot] = set()  # must be zero for a channel to be zero
         self.exposed: set[Slot] = set()  # producers that something other than a norm reads
         self.consumers: set[Slot] = set()  # axes that a product sums over
-        self._known: dict[Any, tuple[Callable | None, str, bool]] = {}
+        self._known: dict[Any, tuple[Rule | None, str, bool]] = {}
         self._own: dict[str, tuple[Labels, ...]] = {}
 
     # What rules use ------------------------------------------------------------------------------
@@ -242,7 +249,7 @@ class Tracer(TorchDispatchMode):
             rule(self, self.operation, args, kwargs, out, inplace)
         return out
 
-    def _look_up(self, func: Any) -> tuple[Callable | None, str, bool]:
+    def _look_up(self, func: Any) -> tuple[Rule | None, str, bool]:
         name = func._schema.name
         inplace = func._schema.is_mutable and name.endswith("_") and not name.endswith("__")
         base = name.removeprefix("aten::")
@@ -264,9 +271,7 @@ class Tracer(TorchDispatchMode):
         if self.given:
             return (name, axis) in self.slots
         return (
-            tensor.is_floating_point()
-            and tensor.shape[axis] > 1
-            and (axis < 2 or tensor.ndim == 3)
+            tensor.is_floating_point() and tensor.shape[axis] > 1 and (axis < 2 or tensor.ndim == 3)
         )
 
     def run(self, model: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -323,11 +328,13 @@ def _eval(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _module_stack(tracer: Tracer) -> Iterator[None]:
     def enter(module: nn.Module, args: Any) -> None:
-        tracer.deepest = tracer.paths.get(id(module), tracer.module)
-        tracer.stack.append(tracer.deepest)
+        tracer.stack.append(tracer.paths.get(id(module), tracer.module))
+        tracer.failed = None
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
-        tracer.stack.pop()
+        path = tracer.stack.pop()
+        if out is None and tracer.failed is None:  # how `always_call` tells of an exception
+            tracer.failed = path
 
     hooks = (
         nn.modules.module.register_module_forward_pre_hook(enter),
@@ -358,7 +365,7 @@ def arguments(example_inputs: Any) -> tuple[tuple, dict]:
         return tuple(example_inputs), {}
     if not isinstance(example_inputs, Tensor):
         raise MaskSparsityError(
-            f"example_inputs must be a tensor, a tuple or a dict, not {type(example_inputs).__name__}"
+            f"example_inputs: a tensor, a tuple or a dict, not {type(example_inputs).__name__}"
         )
     return (example_inputs,), {}
 

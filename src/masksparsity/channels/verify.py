@@ -29,7 +29,8 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
         tracer.run(slim, args, kwargs)
     except Exception as error:
         raise MaskSparsityError(
-            f"refused: the slim model does not run: {error} (in {tracer.deepest or 'the model'}). "
+            f"refused: the slim model does not run: {error} "
+            f"(in {tracer.failed or 'the model itself'}). "
             "A size that is written down in forward, or in an operation that is not traced, has to "
             "follow the tensors; or protect the channels with trace(..., protect=...)"
         ) from error
@@ -61,8 +62,8 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
 
 def _refuse(operation: str, module: str, why: str) -> None:
     raise MaskSparsityError(
-        f"refused: {why} ({operation} in {module or 'the model itself'}). Choose equal counts in the "
-        "pieces that meet there, or protect the channels with trace(..., protect=...)"
+        f"refused: {why} ({operation} in {module or 'the model itself'}). Choose equal counts in "
+        "the pieces that meet there, or protect the channels with trace(..., protect=...)"
     )
 
 

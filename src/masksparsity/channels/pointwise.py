@@ -1,0 +1,125 @@
+"""Elementwise operations: the channels that meet are one.
+
+What decides whether a channel may go is whether zero stays zero.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .trace import Labels, Rule, Tracer
+
+
+def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
+    """`zero(flags, args)`: is the result zero, given which of the arguments are zero?"""
+
+    def apply(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        found = [t.labels(x) for x in tensors]
+        labels = [m for ms in found for m in ms]
+        if not labels:
+            if inplace:
+                t.set(out, ())
+            return
+        t.record(labels, [a for a in args if isinstance(a, (int, float))])
+        t.expose(labels)
+        if len(tensors) == 1:
+            result = [m._replace(clean=zero([m.clean], args), sources=frozenset()) for m in labels]
+        else:
+            result = _merge(t, tensors, found, out, lambda flags: zero(flags, args), args)
+        for x, ms in zip(tensors, found, strict=True):
+            if id(x) in t.names:
+                t.producers |= frozenset().union(*(m.sources for m in ms))
+        t.set(out, result, inplace)
+
+    return apply
+
+
+def _merge(
+    t: Tracer,
+    tensors: list[Tensor],
+    found: list[tuple[Labels, ...]],
+    out: Tensor,
+    zero: Callable[[list[bool]], bool],
+    args: Sequence[Any],
+) -> list[Labels]:
+    """Unite labels that vary along the same axes of the broadcast result."""
+    merged: list[tuple[Tensor, frozenset[int], dict[int, bool]]] = []
+    for index, (x, ms) in enumerate(zip(tensors, found, strict=True)):
+        shift = out.ndim - x.ndim
+        for m in ms:
+            ids = m.ids.view([1] * shift + list(m.ids.shape)) if shift else m.ids
+            axes = frozenset(a + shift for a in m.axes) if shift else m.axes
+            for k, (other, other_axes, clean) in enumerate(merged):
+                if axes & other_axes and index not in clean:
+                    t.unite(ids, other)
+                    if axes != other_axes:
+                        other = torch.broadcast_tensors(ids, other)[0]
+                    merged[k] = (other, axes | other_axes, {**clean, index: m.clean})
+                    break
+            else:
+                merged.append((ids, axes, {index: m.clean}))
+    result = []
+    for ids, axes, clean in merged:
+        for index, x in enumerate(tensors):
+            shift = out.ndim - x.ndim
+            if index not in clean and any(a >= shift and x.shape[a - shift] > 1 for a in axes):
+                t.pin(ids, "meets a tensor whose channels are unknown")
+        flags, index = [], 0
+        for a in args:
+            if isinstance(a, Tensor):
+                flags.append(clean.get(index, False))
+                index += 1
+            elif isinstance(a, (int, float)):
+                flags.append(a == 0)
+        result.append(Labels(ids, axes, zero(flags)))
+    return result
+
+
+def _first(flags: list[bool], args: Any) -> bool:
+    return flags[0]
+
+
+def _never(flags: list[bool], args: Any) -> bool:
+    return False
+
+
+def _all(flags: list[bool], args: Any) -> bool:
+    # With one tensor the other operand is a number: x + 0 stays zero, x + 1 does not.
+    return all(flags) and all(a == 0 for a in args[1:2] if isinstance(a, (int, float)))
+
+
+def _clamp(flags: list[bool], args: Any) -> bool:
+    low, high = (*args[1:3], None, None)[:2]
+    return (
+        flags[0]
+        and (low is None or (isinstance(low, (int, float)) and low <= 0))
+        and (high is None or (isinstance(high, (int, float)) and high >= 0))
+    )
+
+
+def _power(flags: list[bool], args: Any) -> bool:
+    return flags[0] and isinstance(args[1], (int, float)) and args[1] > 0
+
+
+def _divide(flags: list[bool], args: Any) -> bool:
+    return flags[0] and not any(flags[1:])  # 0 / 0 is not zero
+
+
+ZERO_AT_ZERO = """relu relu6 silu gelu mish tanh hardswish leaky_relu elu selu celu hardshrink softshrink abs
+neg positive sign sqrt square erf floor round ceil trunc expm1 log1p asin atan sin sinh
+asinh tan nan_to_num native_dropout dropout _prelu_kernel prelu remainder fmod"""
+NOT_ZERO_AT_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp exp2 cos cosh acos log log2 log10 rsqrt
+reciprocal rsub eq ne ge le gt lt logical_not"""
+
+RULES: dict[str, Rule] = {}
+RULES.update(dict.fromkeys(ZERO_AT_ZERO.split(), pointwise(_first)))
+RULES.update(dict.fromkeys(NOT_ZERO_AT_ZERO.split(), pointwise(_never)))
+RULES.update(dict.fromkeys(("add", "sub", "maximum", "minimum"), pointwise(_all)))
+RULES.update(dict.fromkeys(("clamp", "hardtanh", "clamp_min"), pointwise(_clamp)))
+RULES["mul"] = pointwise(lambda flags, args: any(flags))
+RULES["div"] = pointwise(_divide)
+RULES["pow"] = pointwise(_power)
+RULES["copy"] = pointwise(lambda flags, args: flags[1])
