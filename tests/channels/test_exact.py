@@ -18,12 +18,15 @@ MODELS = {
     "resnet20-A": (lambda: ms.models.create("resnet20"), 32),
     "resnet20-B": (lambda: ms.models.create("resnet20", shortcut="B"), 32),
     "vgg16_bn": (lambda: ms.models.create("vgg16_bn", width=16), 32),
-    "tv-resnet18": (lambda: ms.models.create("torchvision/resnet18"), 64),
-    "tv-resnet50": (lambda: ms.models.create("torchvision/resnet50"), 64),
-    "tv-resnext50": (lambda: ms.models.create("torchvision/resnext50_32x4d"), 64),
-    "tv-mobilenet_v2": (lambda: ms.models.create("torchvision/mobilenet_v2"), 64),
-    "tv-densenet121": (lambda: ms.models.create("torchvision/densenet121"), 64),
-    "tv-mobilenet_v3": (lambda: ms.models.create("torchvision/mobilenet_v3_small"), 64),
+    "tv-resnet18": (lambda: ms.models.create("torchvision/resnet18"), 32),
+    "tv-resnet50": (lambda: ms.models.create("torchvision/resnet50"), 32),
+    "tv-vgg11_bn": (lambda: ms.models.create("torchvision/vgg11_bn"), 32),
+    # Narrow: grouped convolutions in double precision have no fast path on the CPU.
+    "tv-mobilenet_v2": (lambda: ms.models.create("torchvision/mobilenet_v2", width_mult=0.35), 32),
+    "tv-resnet50-grouped": (
+        lambda: ms.models.create("torchvision/resnet50", groups=4, width_per_group=16),
+        32,
+    ),
 }
 
 
@@ -31,12 +34,12 @@ MODELS = {
 def case(request: pytest.FixtureRequest) -> tuple[nn.Module, ms.ChannelGraph, Tensor]:
     torch.manual_seed(0)
     build, size = MODELS[request.param]
-    inputs = torch.randn(2, 3, size, size, dtype=torch.double)
+    inputs = torch.randn(8, 3, size, size, dtype=torch.double)
     model = calibrated(build(), inputs)
     return model, ms.trace(model, inputs), inputs
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**31))
 def test_masked_equals_pruned(case, seed):
     model, graph, inputs = case
@@ -61,7 +64,7 @@ def test_a_training_step_agrees(case):
         expected, actual = masked(inputs), slim(inputs)
     assert _distance(expected, actual) <= TOLERANCE
     for out in (expected, actual):
-        nn.functional.cross_entropy(out, torch.tensor([1, 2])).backward()
+        nn.functional.cross_entropy(out, torch.arange(8)).backward()
     ours = dict(named_tensors(slim))
     for name, tensor in named_tensors(masked):
         theirs = tensor if tensor.grad is None else tensor.grad

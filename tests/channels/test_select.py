@@ -1,0 +1,128 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import masksparsity as ms
+
+
+@pytest.fixture(scope="module")
+def bound():
+    torch.manual_seed(0)
+    model = ms.models.create("resnet20")
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, -1, 1)
+    return model, ms.trace(model, torch.randn(1, 3, 32, 32))
+
+
+def random_scores(graph, seed: int, levels: int) -> dict[str, torch.Tensor]:
+    """Random scores with many ties."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        g.name: torch.randint(levels, (g.size,), generator=generator).float() / levels
+        for g in graph.prunable
+    }
+
+
+def test_scale_is_the_largest_of_the_coupled(bound):
+    model, graph = bound
+    scores = ms.scores.scale(model, graph)
+    assert scores.keys() == {g.name for g in graph.prunable}
+    assert torch.equal(scores["layer1.0.conv1"], model.layer1[0].bn1.weight.detach().abs())
+    stage3 = [model.layer3[0].bn2, model.layer3[1].bn2, model.layer3[2].bn2]
+    expected = torch.stack([bn.weight.detach().abs()[:16] for bn in stage3]).amax(0)
+    assert torch.equal(scores["layer3.0.conv2"], expected)
+
+
+@given(
+    share=st.floats(0, 0.8), seed=st.integers(0, 99), levels=st.sampled_from((3, 1000)),
+    round_to=st.sampled_from((1, 4)),
+)  # fmt: skip
+def test_budget_is_met_within_a_channel(bound, share, seed, levels, round_to):
+    _, graph = bound
+    keep = ms.select.budget(
+        graph, random_scores(graph, seed, levels), pruned_macs=share, round_to=round_to
+    )
+    dense, slim = graph.cost().macs, graph.cost(keep).macs
+    assert 1 - slim / dense >= share
+    assert (keep.kept >= 1).all()
+    assert all(int(v.sum()) % round_to == 0 for n, v in keep.items() if n != "linear")
+    # One step back (a channel of the widest group) is not enough.
+    widest = 1 - graph.cost(_without_one_step(graph, round_to)).macs / dense
+    assert 1 - slim / dense <= share + widest + 1e-9
+
+
+def _without_one_step(graph, round_to: int) -> ms.KeepMask:
+    masks = [ms.KeepMask(graph, {g.name: torch.arange(g.size) >= round_to}) for g in graph.prunable]
+    return min(masks, key=lambda mask: graph.cost(mask).macs)
+
+
+@given(fraction=st.floats(0, 0.9), seed=st.integers(0, 99), levels=st.sampled_from((1, 3, 1000)))
+def test_fraction_does_not_mind_ties(bound, fraction, seed, levels):
+    """30 % asked is 30 % removed, also where most scores are equal."""
+    _, graph = bound
+    keep = ms.select.fraction(graph, random_scores(graph, seed, levels), fraction)
+    prunable = sum(g.size for g in graph.prunable)
+    assert fraction <= keep.pruned_fraction < fraction + 2 / prunable
+
+
+def test_uniform(bound):
+    model, graph = bound
+    keep = ms.select.uniform(graph, ms.scores.norm(model, graph), 0.25)
+    assert all(int(v.sum()) == 0.75 * len(v) for n, v in keep.items() if n != "linear")
+
+
+def test_threshold_and_optimal(bound):
+    _, graph = bound
+    scores = {g.name: torch.ones(g.size) for g in graph.prunable}
+    scores["layer1.0.conv1"] = torch.tensor([1.0] * 12 + [0.001] * 3 + [0.02])
+    keep = ms.select.threshold(graph, scores, 0.01)
+    assert keep["layer1.0.conv1"].tolist() == [True] * 12 + [False] * 3 + [True]
+    assert keep.kept.sum() == graph.units - 3
+    keep = ms.select.optimal(graph, scores, 1e-4)  # 3e-6 + 4e-4 of 12: the 0.02 goes as well
+    assert keep["layer1.0.conv1"].tolist() == [True] * 12 + [False] * 4
+
+
+def test_a_group_wholly_under_the_threshold_keeps_its_best(bound):
+    _, graph = bound
+    scores = {g.name: torch.ones(g.size) for g in graph.prunable}
+    scores["layer2.1.conv1"] = torch.linspace(0, 0.005, 32)
+    for min_keep, round_to, left in ((1, 1, 1), (3, 1, 3), (3, 8, 8)):
+        keep = ms.select.threshold(graph, scores, 0.01, min_keep=min_keep, round_to=round_to)
+        assert keep["layer2.1.conv1"].tolist() == [False] * (32 - left) + [True] * left
+    keep = ms.select.threshold(graph, {n: 0 * s for n, s in scores.items()}, 0.01)
+    assert (keep.kept[:-1] == 1).all()  # all zero: still a network
+
+
+def test_ignore_leaves_layers_whole(bound):
+    model, graph = bound
+    scores = ms.scores.scale(model, graph)
+    keep = ms.select.fraction(graph, scores, 0.3, ignore=("layer3", "conv1"))
+    assert all(v.all() for n, v in keep.items() if n.startswith("layer3"))
+    assert keep["conv1"].all()
+
+
+def test_taylor_leaves_the_model_alone(bound):
+    model, graph = bound
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    batch = (torch.randn(4, 3, 32, 32), torch.arange(4))
+    scores = ms.scores.taylor(model, graph, [batch, batch])
+    assert scores.keys() == ms.scores.scale(model, graph).keys()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_mistakes_are_named(bound):
+    model, graph = bound
+    scores = ms.scores.scale(model, graph)
+    with pytest.raises(ms.MaskSparsityError, match=r"cannot be met.*at most 0\."):
+        ms.select.budget(graph, scores, pruned_macs=0.99, min_keep=8)
+    with pytest.raises(ms.MaskSparsityError, match="'layer9'"):
+        ms.select.fraction(graph, scores, 0.5, ignore=("layer9",))
+    with pytest.raises(ms.MaskSparsityError, match=r"pruned_macs=1\.5"):
+        ms.select.budget(graph, scores, pruned_macs=1.5)
+    with pytest.raises(ms.MaskSparsityError, match="one budget"):
+        ms.select.budget(graph, scores)
+    with pytest.raises(ms.MaskSparsityError, match="finite"):
+        ms.select.fraction(graph, {**scores, "conv1": torch.full((16,), torch.nan)}, 0.5)

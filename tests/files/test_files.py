@@ -1,0 +1,124 @@
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import masksparsity as ms
+
+
+@pytest.fixture(scope="module")
+def bound():
+    torch.manual_seed(0)
+    model = ms.models.create("resnet20", num_classes=7).eval()
+    x = torch.randn(2, 3, 32, 32)
+    graph = ms.trace(model, x)
+    keep = ms.select.budget(graph, ms.scores.norm(model, graph), pruned_macs=0.6)
+    return model, graph, keep, x
+
+
+def test_a_mask_survives_its_file(bound, tmp_path):
+    _, graph, keep, _ = bound
+    keep.save(tmp_path / "mask.json")
+    for name in ("mask.json", "mask.safetensors", "mask"):
+        again = ms.KeepMask.load(tmp_path / name, graph)
+        assert again == keep
+        assert again.origin == keep.origin
+    about = json.loads((tmp_path / "mask.json").read_text())
+    assert about["macs"]["slim"] == graph.cost(keep).macs
+    assert about["kept"]["conv1"] == [int(keep["conv1"].sum()), 16]
+
+
+def test_a_mask_of_another_model_is_refused(bound, tmp_path):
+    _, _, keep, x = bound
+    keep.save(tmp_path / "mask")
+    other = ms.trace(ms.models.create("resnet20", width=8), x)
+    with pytest.raises(ms.MaskSparsityError, match=r"mask\.safetensors: mask of .*: expected"):
+        ms.KeepMask.load(tmp_path / "mask", other)
+
+
+def test_an_archive_rebuilds_the_slim_model(bound, tmp_path):
+    model, graph, keep, x = bound
+    slim = ms.prune(model, graph, keep)
+    ms.save(slim, tmp_path / "slim.safetensors")
+    for again in (
+        ms.load(tmp_path / "slim.safetensors"),
+        ms.load(tmp_path / "slim.safetensors", model),
+    ):
+        with torch.no_grad():
+            assert torch.equal(again(x), slim(x))
+        assert again.layer1[0].conv1.out_channels == int(keep["layer1.0.conv1"].sum())
+        again.load_state_dict(slim.state_dict())
+        ms.prune(again, *_half(again, x))  # a slim model can be pruned again
+    assert model.layer1[0].conv1.out_channels == 16
+
+
+def _half(model, x):
+    graph = ms.trace(model, x)
+    return graph, ms.select.uniform(graph, ms.scores.norm(model, graph), 0.5)
+
+
+def test_groups_of_convolutions_come_back(tmp_path):
+    model = ms.models.create("torchvision/mobilenet_v2", width_mult=0.25).eval()
+    x = torch.randn(1, 3, 32, 32)
+    slim = ms.prune(model, *_half(model, x))
+    ms.save(slim, tmp_path / "slim.safetensors")
+    with torch.no_grad():
+        assert torch.equal(ms.load(tmp_path / "slim.safetensors")(x), slim(x))
+
+
+def test_a_users_own_model_needs_its_dense_form(tmp_path):
+    dense = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 3)
+    ).eval()
+    x = torch.randn(1, 3, 8, 8)
+    slim = ms.prune(dense, *_half(dense, x))
+    ms.save(slim, tmp_path / "slim.safetensors")
+    with pytest.raises(ms.MaskSparsityError, match="model="):
+        ms.load(tmp_path / "slim.safetensors")
+    with torch.no_grad():
+        assert torch.equal(ms.load(tmp_path / "slim.safetensors", model=dense)(x), slim(x))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a file ran code",))
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "pickle", "plain", "wide", "constructor"])
+def test_bad_archives_are_named(bound, tmp_path, kind):
+    model, *_ = bound
+    path = tmp_path / "slim.safetensors"
+    ms.save(model, path)
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Bomb()))
+    elif kind == "plain":
+        save_file({"a": torch.ones(3)}, path)
+    elif kind == "wide":
+        ms.save(ms.models.create("resnet20", num_classes=8), path)
+        with pytest.raises(ms.MaskSparsityError, match=r"slim\.safetensors.*another architecture"):
+            ms.load(path, model=model)
+        return
+    else:
+        about = {"format": "masksparsity archive 1", "groups": {},
+                 "constructor": {"name": "os:system", "kwargs": {"command": "true"}}}  # fmt: skip
+        save_file(model.state_dict(), path, {"masksparsity": json.dumps(about)})
+    with pytest.raises(ms.MaskSparsityError, match=r"slim\.safetensors"):
+        ms.load(path)
+
+
+def test_a_poisoned_mask_of_the_original_does_not_run(bound, tmp_path):
+    _, graph, *_ = bound
+    path = tmp_path / "bad.mask"
+    torch.save({"stem.bn": Bomb()}, path)
+    with pytest.raises(ms.MaskSparsityError, match=r"bad\.mask.*weights_only"):
+        ms.KeepMask.from_original(path, graph)
+    torch.save({"encoder.bn": torch.ones(3)}, path)
+    with pytest.raises(ms.MaskSparsityError, match=r"encoder\.bn"):
+        ms.KeepMask.from_original(path, graph)
