@@ -76,6 +76,8 @@ class ChannelGraph:
     """The producers that something other than a norm reads."""
     consumers: frozenset[Slot]
     """Axes that a convolution or matrix product sums over."""
+    behind: Mapping[str, str]
+    """Weight -> running mean of the norm that alone reads what it makes."""
     records: tuple[Record, ...]
     layers: tuple[Layer, ...]
     shapes: Mapping[str, torch.Size]
@@ -249,6 +251,7 @@ def _solve(tracer: Tracer, model: nn.Module, example: Any, batch: int) -> Channe
         producers=frozenset(tracer.producers & tracer.slots.keys()),
         exposed=frozenset(tracer.exposed & tracer.producers & tracer.slots.keys()),
         consumers=frozenset(tracer.consumers),
+        behind={n: mean for n, mean in tracer.behind.items() if (n, 0) not in tracer.exposed},
         records=tuple(r._replace(ids=tuple(map(units_of, r.ids))) for r in tracer.records),
         layers=tuple(
             Layer(p.module, p.factor / batch, units_of(p.outputs), units_of(p.inputs))

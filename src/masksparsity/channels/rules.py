@@ -58,7 +58,9 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
         positions = x.numel() / x.shape[1] * math.prod(weight.shape[2:])
     inputs = ids.view(groups, -1)[0] if weight.shape[1] > 1 or groups == 1 else ids[:1] * 0
     t.products.append(Product(t.module, positions, outputs, inputs))
-    t.set(out, [_channel_axis(outputs, out.ndim, True, sources)])
+    # A lone or unknown channel is no channel: it may be broadcast over others.
+    labels = [_channel_axis(outputs, out.ndim, True, sources)] if outputs.any() else []
+    t.set(out, labels)
 
 
 def _only_along(t: Tracer, x: Tensor, axis: int) -> None:
@@ -146,6 +148,9 @@ def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
     name = t.names.get(id(weight))
     if name is not None:
         t.norms.setdefault(name, Norm(t.module, name, t.names.get(id(bias))))
+    makers = [n for n, _ in seen.sources if (n, 1) in t.consumers]
+    if len(makers) == 1 and statistics[0] is not None and id(statistics[0]) in t.names:
+        t.behind[makers[0]] = t.names[id(statistics[0])]
     t.set(out[0], [_channel_axis(ids, x.ndim, weight is not None, sources)])
 
 

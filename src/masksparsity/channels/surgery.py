@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .absorb import absorb as hand_over
 from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .mask import KeepMask
@@ -34,12 +35,15 @@ def prune(
     keep: KeepMask,
     *,
     optimizer: torch.optim.Optimizer | None = None,
+    absorb: Literal["exact", "bias"] | None = None,
 ) -> nn.Module:
     """A new, physically smaller model that computes what `apply_mask` computes, proved.
 
     Args:
         optimizer: changed in place to hold the slim model's parameters; its state (momentum,
             moments) is sliced like the parameters it belongs to.
+        absorb: what to do about the constants that removed channels still say when their scales
+            are zero and their shifts are not, see `masksparsity.channels.absorb`. None drops them.
 
     Raises:
         MaskSparsityError: if the mask leaves a group without channels, if optimizer state has a
@@ -53,13 +57,16 @@ def prune(
                 f"the mask removes all {group.size} channels of {group.name}; keep at least one "
                 "(selectors: min_keep=1)"
             )
+    tensors = dict(named_tensors(model))
+    if absorb is not None:
+        model, keep = hand_over(model, graph, keep, absorb)
     kept_of: dict[str, list[tuple[int, Tensor]]] = {}
     for name, axis in graph.slots:
         kept = keep.slot(name, axis)
         if not kept.all():
             kept_of.setdefault(name, []).append((axis, kept.nonzero().squeeze(1)))
-    tensors = dict(named_tensors(model))
-    slim = rebuild(model, {n: cut(tensors[n].detach(), axes) for n, axes in kept_of.items()})
+    now = dict(named_tensors(model))
+    slim = rebuild(model, {n: cut(now[n].detach(), axes) for n, axes in kept_of.items()})
     prove(slim, graph, keep)
     if optimizer is not None:
         _carry_over(optimizer, tensors, dict(named_tensors(slim)), kept_of)

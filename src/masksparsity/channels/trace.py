@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import MaskSparsityError
 
@@ -110,6 +110,7 @@ class Tracer(TorchDispatchMode):
         self.records: list[Record] = []
         self.products: list[Product] = []
         self.norms: dict[str, Norm] = {}
+        self.behind: dict[str, str] = {}  # weight -> running mean of the norm that reads it
         self.producers: set[Slot] = set()  # must be zero for a channel to be zero
         self.exposed: set[Slot] = set()  # producers that something other than a norm reads
         self.consumers: set[Slot] = set()  # axes that a product sums over
@@ -276,7 +277,7 @@ class Tracer(TorchDispatchMode):
 
     def run(self, model: nn.Module, args: tuple, kwargs: dict) -> Any:
         """One forward in eval mode without gradients; model, RNG and mode stay as they were."""
-        with _eval(model), torch.no_grad(), _module_stack(self), _Escapes(self), self:
+        with evaluating(model), torch.no_grad(), _module_stack(self), _Escapes(self), self:
             out = model(*args, **kwargs)
         self.operation = "output"
         found = [m for t in _tensors(out) for m in self.labels(t)]
@@ -312,7 +313,8 @@ class _Escapes(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; modes and random state are restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {t.device for _, t in named_tensors(model) if t.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
@@ -368,6 +370,20 @@ def arguments(example_inputs: Any) -> tuple[tuple, dict]:
             f"example_inputs: a tensor, a tuple or a dict, not {type(example_inputs).__name__}"
         )
     return (example_inputs,), {}
+
+
+def like(example: tuple[tuple, dict], model: nn.Module) -> tuple[tuple, dict]:
+    """The traced inputs, in the dtype and on the device that the model has now."""
+    first = next(model.parameters(), None)
+    if first is None:
+        return example
+
+    def move(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.to(first.device, first.dtype if x.is_floating_point() else x.dtype)
+
+    return tree_map(move, example)
 
 
 def batch_size(args: tuple, kwargs: dict) -> int:

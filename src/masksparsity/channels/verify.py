@@ -8,12 +8,11 @@ original channel numbers as labels, and every operation that consumes channels i
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .mask import KeepMask
-from .trace import Tracer
+from .trace import Tracer, like
 
 
 def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
@@ -24,7 +23,7 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
     for (name, axis), owned in graph.slots.items():
         given[name, axis] = owned[units[owned]] + 1
     tracer = Tracer(slim, graph.rules, given)
-    args, kwargs = _like(graph.example, slim)
+    args, kwargs = like(graph.example, slim)
     try:
         tracer.run(slim, args, kwargs)
     except Exception as error:
@@ -65,17 +64,3 @@ def _refuse(operation: str, module: str, why: str) -> None:
         f"refused: {why} ({operation} in {module or 'the model itself'}). Choose equal counts in "
         "the pieces that meet there, or protect the channels with trace(..., protect=...)"
     )
-
-
-def _like(example: tuple[tuple, dict], model: nn.Module) -> tuple[tuple, dict]:
-    """The traced inputs, in the dtype and on the device that the model has now."""
-    first = next(model.parameters(), None)
-    if first is None:
-        return example
-
-    def move(x):
-        if not isinstance(x, Tensor):
-            return x
-        return x.to(first.device, first.dtype if x.is_floating_point() else x.dtype)
-
-    return tree_map(move, example)

@@ -1,0 +1,203 @@
+"""What a removed channel still said moves into its consumers.
+
+A channel whose scale is zero is not silent: behind its norm it is the shift, behind an activation
+`act(shift)`, a constant. Zero padding makes that constant visible at the border of a convolution:
+a bias can stand for it in the interior only; one channel that stays constant can stand for all
+others of its group everywhere.
+"""
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .errors import MaskSparsityError
+from .groups import ChannelGraph
+from .mask import KeepMask
+from .trace import evaluating, like, named_tensors
+
+Constants = dict[str, tuple[int, Tensor]]
+"""Consumer -> its input axis, and [groups, length]: the constant of every removed index, else 0."""
+
+_SMALL = 1e-6  # relative to the largest constant: below it there is nothing to hand over
+
+
+class _Inputs(TorchDispatchMode):
+    """Lowest and highest value of every input channel of every weight that sums over channels."""
+
+    def __init__(self, weights: dict[int, str]):
+        super().__init__()
+        self.weights = weights
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if name in ("convolution", "addmm", "mm", "linear"):
+            x, weight = args[1:3] if name == "addmm" else args[:2]
+            # Products see a transposed view of a weight: memory tells whose.
+            owner = self.weights.get(weight.data_ptr())
+            if owner is not None:
+                axis = 1 if name == "convolution" else x.ndim - 1
+                rows = x.movedim(axis, 0).flatten(1)
+                low, high = self.seen.get(owner, (rows[:, 0], rows[:, 0]))
+                self.seen[owner] = (
+                    torch.minimum(low, rows.amin(1)),
+                    torch.maximum(high, rows.amax(1)),
+                )
+        return out
+
+
+def absorb(
+    model: nn.Module, graph: ChannelGraph, keep: KeepMask, how: Literal["exact", "bias"]
+) -> tuple[nn.Module, KeepMask]:
+    """A model and a mask from which `prune` keeps what the removed channels' constants said.
+
+    The function kept is that of `model` with the scales (and filters without a norm) of the
+    removed channels at zero and their shifts as they are.
+
+    - "exact": one removed channel of each group stays, as a constant, and takes over the weights
+      of the others in every consumer. Costs a channel per group that has constants to hand over.
+    - "bias": the consumers' biases, or the running means of the norms behind them, take the
+      constants over. Costs nothing; exact for linear layers and convolutions without padding, in
+      eval mode, and wrong by what the border misses for padded ones.
+
+    Raises:
+        MaskSparsityError: where a removed channel is no constant at a consumer, or no single
+            channel can stand for the others, or ("bias") a consumer has neither bias nor norm.
+    """
+    model = copy.deepcopy(model)
+    tensors = dict(named_tensors(model))
+    filters = {name for name, _ in graph.consumers} | {norm.weight for norm in graph.norms}
+    for name, axis in graph.producers:
+        if name in filters:
+            gone = (~keep.slot(name, axis)).nonzero().squeeze(1)
+            with torch.no_grad():
+                tensors[name].index_fill_(axis, gone.to(tensors[name].device), 0)
+    constants = _constants(model, graph, keep, tensors)
+    if how == "exact":
+        return model, _carry(graph, keep, constants, tensors)
+    _into_biases(graph, constants, tensors)
+    return model, keep
+
+
+def _constants(
+    model: nn.Module, graph: ChannelGraph, keep: KeepMask, tensors: dict[str, Tensor]
+) -> Constants:
+    watch = _Inputs({tensors[name].data_ptr(): name for name, _ in graph.consumers})
+    args, kwargs = like(graph.example, model)
+    with evaluating(model), torch.no_grad(), watch:
+        model(*args, **kwargs)
+    found = {}
+    for name, axis in sorted(graph.consumers & graph.slots.keys()):
+        gone = ~keep.slot(name, axis).to(tensors[name].device)
+        if name not in watch.seen or not gone.any():
+            continue
+        # Of a grouped convolution each index is a channel of every group.
+        low, high = (x.view(-1, len(gone)) for x in watch.seen[name])
+        scale = torch.maximum(low.abs(), high.abs())[:, gone].amax()
+        if ((high - low)[:, gone] > _SMALL * scale).any():
+            raise MaskSparsityError(
+                f"absorb: a removed channel is not constant where {name} reads it, so nothing can "
+                "stand for it; prune with absorb=None, or drive it to zero with ScheduledDecay"
+            )
+        found[name] = (axis, torch.where(gone, low, 0))
+    return found
+
+
+def _carry(
+    graph: ChannelGraph,
+    keep: KeepMask,
+    constants: Constants,
+    tensors: dict[str, Tensor],
+) -> KeepMask:
+    """Choose a carrier in every group, and fold the others' weights into its own."""
+    units = keep.units.clone()
+    for group in graph.prunable:
+        gone = (~keep[group.name]).nonzero().squeeze(1) + group.start
+        views = []  # per consumer of this group: name, axis, positions of the removed, constants
+        for s in group.slices:
+            if s.tensor in constants and constants[s.tensor][0] == s.axis and len(gone):
+                position = s.index[gone - group.start]  # [gone, k]
+                value = constants[s.tensor][1][:, position.to(constants[s.tensor][1].device)]
+                if value.abs().amax() > 0:
+                    views.append((s.tensor, s.axis, position, value))
+        if not views:
+            continue
+        heard = torch.stack([v.abs().amin((0, 2)) / v.abs().amax() for *_, v in views])
+        carriers = _carriers(heard, group.name)
+        units[gone[carriers]] = True
+        for (name, axis, position, value), loudness in zip(views, heard, strict=True):
+            best = carriers[int(loudness[carriers].argmax())]
+            others = torch.tensor([k for k in range(len(gone)) if k == best or k not in carriers])
+            _fold(
+                tensors[name],
+                axis,
+                position[others],
+                value[:, others],
+                position[best],
+                value[:, best],
+            )
+    mask = KeepMask(graph)
+    mask.units, mask.origin = units, {**keep.origin, "absorb": "exact"}
+    return mask
+
+
+def _carriers(heard: Tensor, group: str) -> list[int]:
+    """As few channels as a greedy choice needs for every consumer to hear one of them well.
+
+    heard: [consumers, channels], relative to the loudest that each consumer hears.
+    """
+    carriers: list[int] = []
+    deaf = torch.ones(len(heard), dtype=torch.bool)
+    while deaf.any():
+        well = heard[deaf] > 1e-3
+        best = int((well.sum(0) + heard[deaf].mean(0)).argmax())
+        if not well[:, best].any():
+            raise MaskSparsityError(
+                f"absorb: no channel of {group} can stand for the others at every place that reads "
+                "them; use absorb='bias', or drive them to zero with ScheduledDecay"
+            )
+        carriers.append(best)
+        deaf &= heard[:, best] <= 1e-3
+    return carriers
+
+
+@torch.no_grad()
+def _fold(
+    weight: Tensor, axis: int, position: Tensor, value: Tensor, into: Tensor, carried: Tensor
+) -> None:
+    """weight[into] := sum over the removed of weight * constant / carried.
+
+    position [removed, k] and value [groups, removed, k] of what goes, `into` [k] and carried
+    [groups, k] of what stays: k indices of the axis a channel, `groups` of the convolution.
+    """
+    flat = weight.movedim(axis, 1)
+    for rows, constant, stays in zip(flat.chunk(len(value)), value, carried, strict=True):
+        share = constant / stays
+        for k in range(len(into)):
+            scale = share[:, k].view(1, -1, *[1] * (rows.ndim - 2))
+            rows[:, into[k]] = (rows[:, position[:, k]] * scale).sum(1)
+
+
+@torch.no_grad()
+def _into_biases(graph: ChannelGraph, constants: Constants, tensors: dict[str, Tensor]) -> None:
+    for name, (axis, value) in constants.items():
+        weight = tensors[name].movedim(axis, 1) if axis != 1 else tensors[name]
+        groups = value.shape[0]
+        kernel = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
+        said = (kernel.view(groups, -1, kernel.shape[1]) * value[:, None]).sum(2).flatten()
+        if not said.any():
+            continue
+        bias, mean = f"{name.removesuffix('weight')}bias", graph.behind.get(name)
+        if bias in tensors:
+            tensors[bias] += said
+        elif mean is not None:
+            tensors[mean] -= said
+        else:
+            raise MaskSparsityError(
+                f"absorb: {name} has no bias, and no norm follows it that could take the constants "
+                "over; use absorb='exact'"
+            )

@@ -1,0 +1,98 @@
+import pytest
+import torch
+from torch import nn
+
+import masksparsity as ms
+from masksparsity.channels.trace import named_tensors
+
+from .networks import calibrated, random_mask
+
+MODELS = {
+    "resnet20-A": lambda: ms.models.create("resnet20"),
+    "tv-mobilenet_v2": lambda: ms.models.create("torchvision/mobilenet_v2", width_mult=0.25),
+    "flattened": lambda: nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.SiLU(),
+        nn.Conv2d(6, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8), nn.Sigmoid(),
+        nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 6, 2, 2), nn.BatchNorm2d(6),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5),
+    ),
+}  # fmt: skip
+
+
+def silenced(model, graph, keep):
+    """The removed channels' scales at zero and their shifts as they are: what is to be kept."""
+    tensors = dict(named_tensors(model))
+    with torch.no_grad():
+        for norm in graph.norms:
+            tensors[norm.weight][~keep.slot(norm.weight, 0)] = 0
+    return model
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 32).double()
+    model = calibrated(MODELS[request.param](), x)
+    graph = ms.trace(model, x)
+    keep = random_mask(graph, 5, most=0.5)
+    plain = {g.name: torch.ones(g.size, dtype=torch.bool) for g in graph.prunable if not g.scales}
+    keep = ms.KeepMask(graph, dict(keep.items()) | plain)  # filters without a norm stay
+    return silenced(model, graph, keep), graph, keep, x
+
+
+def distance(a, b):
+    return float((a - b).detach().abs().max() / b.detach().abs().max())
+
+
+def test_exact_absorption_keeps_the_function(case):
+    model, graph, keep, x = case
+    slim = ms.prune(model, graph, keep, absorb="exact")
+    assert distance(slim(x), model(x)) <= 1e-9
+    assert distance(ms.prune(model, graph, keep)(x), model(x)) > 1e-3, "the constants must matter"
+    dense, carried = graph.cost(keep).macs, ms.trace(slim, x).cost().macs
+    assert dense <= carried < graph.cost().macs
+
+
+def test_bias_absorption_is_exact_but_for_the_border(case):
+    model, graph, keep, x = case
+    slim = ms.prune(model, graph, keep, absorb="bias")
+    assert ms.trace(slim, x).cost() == graph.cost(keep)
+    assert distance(slim(x), model(x)) < distance(ms.prune(model, graph, keep)(x), model(x))
+
+
+def test_bias_absorption_is_exact_without_padding():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, bias=False),
+        nn.BatchNorm2d(8), nn.Sigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
+    )  # fmt: skip
+    x = torch.randn(2, 3, 9, 9).double()
+    model = calibrated(model, x)
+    graph = ms.trace(model, x)
+    keep = ms.KeepMask(graph, {graph.groups[0].name: torch.arange(6) % 3 > 0})
+    silenced(model, graph, keep)
+    assert distance(ms.prune(model, graph, keep, absorb="bias")(x), model(x)) <= 1e-9
+
+
+def test_what_is_not_constant_is_refused():
+    """The shared filter hears two different constants of the same channel."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            x = self.norm(self.a(x))
+            return (self.b(x) + self.b(torch.relu(x))).mean((2, 3))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8).double()
+    model = calibrated(Twice(), x)
+    with torch.no_grad():
+        model.norm.bias.fill_(-1)
+    graph = ms.trace(model, x)
+    keep = ms.KeepMask(graph, {graph.groups[0].name: torch.arange(4) > 1})
+    silenced(model, graph, keep)
+    with pytest.raises(ms.MaskSparsityError, match="not constant"):
+        ms.prune(model, graph, keep, absorb="exact")
