@@ -1,11 +1,11 @@
 """Make convolutional networks smaller without losing accuracy.
 
-    import masksparsity as ms
+import masksparsity as ms
 
-    graph = ms.trace(model, example_inputs)
-    keep = ms.select.budget(graph, ms.scores.scale(model, graph), pruned_macs=0.5)
-    ms.ScheduledDecay(model, graph, keep, steps=1000).attach(optimizer)  # then train on
-    slim = ms.prune(model, graph, keep)
+graph = ms.trace(model, example_inputs)
+keep = ms.select.budget(graph, ms.scores.scale(model, graph), pruned_macs=0.5)
+ms.ScheduledDecay(model, graph, keep, steps=1000).attach(optimizer)  # then train on
+slim = ms.prune(model, graph, keep)
 """
 
 from . import models

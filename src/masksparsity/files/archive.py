@@ -32,7 +32,9 @@ def save(model: nn.Module, path: str | Path) -> None:
     built = constructor(model)
     about = {
         "format": _FORMAT,
-        "constructor": None if built is None else {"name": built.name, "kwargs": dict(built.kwargs)},
+        "constructor": None
+        if built is None
+        else {"name": built.name, "kwargs": dict(built.kwargs)},
         "groups": _groups(model),
     }
     tensors = {n: t.detach().cpu().contiguous() for n, t in named_tensors(model)}
@@ -85,7 +87,9 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise MaskSparsityError(f"{path} is damaged or no safetensors file: {error}") from error
     if not isinstance(about, dict) or about.get("format") != _FORMAT:
-        raise MaskSparsityError(f"{path} is no archive of a slim model (masksparsity.save writes them)")
+        raise MaskSparsityError(
+            f"{path} is no archive of a slim model (masksparsity.save writes them)"
+        )
     return tensors, about
 
 
@@ -95,7 +99,9 @@ def _check(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> No
         raise MaskSparsityError(f"another architecture: {odd[0]} is in one of the two only")
     for name, tensor in tensors.items():
         dense = own[name].shape
-        if len(dense) != tensor.ndim or any(n > d for n, d in zip(tensor.shape, dense, strict=True)):
+        if len(dense) != tensor.ndim or any(
+            n > d for n, d in zip(tensor.shape, dense, strict=True)
+        ):
             raise MaskSparsityError(
                 f"another architecture: {name} is {tuple(tensor.shape)} in the file and "
                 f"{tuple(dense)} in the dense model"

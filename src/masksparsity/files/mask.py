@@ -4,7 +4,6 @@ import json
 import pickle
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -118,5 +117,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _stem(path: str | Path) -> Path:
     path = Path(path)
     return path.with_suffix("") if path.suffix in (".json", ".safetensors") else path
-
-

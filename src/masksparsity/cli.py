@@ -1,0 +1,82 @@
+"""The command line: `masksparsity COMMAND [RECIPE | --config FILE] [FLAGS]`.
+
+The flags are generated from the fields of the config; the recipe's values are their defaults.
+"""
+
+import functools
+import inspect
+import sys
+from pathlib import Path
+
+import tyro
+
+from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.commands import COMMANDS, Files, show
+from masksparsity.failure import RunFailure
+from masksparsity.pipeline.config import Config
+from masksparsity.recipes import RECIPES, recipe
+from masksparsity.train import dist
+from masksparsity.train.progress import say
+
+
+def main() -> None:
+    """Do what `sys.argv` asks for; exit with 2 for a mistake in it, with 1 for a failed run."""
+    try:
+        _dispatch(sys.argv[1:])
+    except MaskSparsityError as error:
+        if dist.rank() == 0:
+            print(f"masksparsity: {error}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, RunFailure) else 2)
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from the last complete epoch")
+        sys.exit(130)
+    finally:
+        dist.stop()
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _help()
+        return
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise MaskSparsityError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    config, rest = _config(name, rest)
+    defaults = {"config": config, "files": Files()}
+    known = inspect.signature(command).parameters
+    tyro.cli(
+        functools.partial(command, **{k: v for k, v in defaults.items() if k in known}),
+        args=rest,
+        prog=f"masksparsity {name} [RECIPE | --config FILE]",
+        description=f"{_summary(name)} Recipes: {', '.join(RECIPES)}; the defaults below are "
+        f"those of {config.recipe}.",
+    )
+
+
+def _config(command: str, arguments: list[str]) -> tuple[Config, list[str]]:
+    """The config whose values are the defaults of the flags, and the arguments that are left."""
+    match arguments:
+        case ["--config", file, *rest]:
+            return Config.read(Path(file)), rest
+        case ["--config"]:
+            raise MaskSparsityError("--config needs a file")
+        case [first, *rest] if first in RECIPES:
+            return recipe(first), rest
+        # The only positional arguments beside the recipe are the masks to compare.
+        case [first, *rest] if not first.startswith("-") and command != "compare-masks":
+            return recipe(first), rest
+    return recipe(next(iter(RECIPES))), arguments
+
+
+def _summary(name: str) -> str:
+    return (inspect.getdoc(COMMANDS[name]) or "").partition("\n")[0]
+
+
+def _help() -> None:
+    commands = "\n".join(f"  {name:14} {_summary(name)}" for name in COMMANDS)
+    show(
+        f"usage: masksparsity COMMAND [RECIPE | --config FILE] [FLAGS]\n\n{commands}\n\n"
+        f"Recipes: {', '.join(RECIPES)}; the first is the default.\n"
+        "masksparsity COMMAND --help shows the flags."
+    )

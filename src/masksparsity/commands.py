@@ -1,0 +1,178 @@
+"""The commands of the shell: one per stage, one for all of them, and tools to look at things."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+import masksparsity as ms
+from masksparsity import report as reporting
+from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.pipeline import results, runner
+from masksparsity.pipeline.choices import choose_mask, read_mask
+from masksparsity.pipeline.config import Config
+from masksparsity.pipeline.origin import device_name
+from masksparsity.pipeline.rundir import CONFIG
+from masksparsity.pipeline.stages import STAGES, measure
+from masksparsity.pipeline.workspace import Workspace
+from masksparsity.train import dist
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Where a stage reads and writes."""
+
+    out: Path | None = None
+    """Run directory; runs/RECIPE if not given."""
+    weights: Path | None = None
+    """Start from these weights instead of those of the stage before."""
+    mask: Path | None = None
+    """Use this mask instead of the run's own."""
+    fresh: bool = False
+    """Do the stage again, and discard what came of it."""
+
+
+Flags = Annotated[Config, tyro.conf.arg(name="")]
+FileFlags = Annotated[Files, tyro.conf.arg(name="")]
+Masks = Annotated[tuple[Path, ...], tyro.conf.Positional]
+
+
+def run(
+    config: Flags, *, out: Path | None = None, with_scratch: bool = False, fresh: bool = False
+) -> None:
+    """Do all stages, going on from what is complete, and write the report.
+
+    Args:
+        out: Run directory; runs/RECIPE if not given.
+        with_scratch: Also train the slim architecture from random weights.
+        fresh: Do again what was begun with other settings, and discard what came of it.
+    """
+    work = Workspace(config, out)
+    runner.run(work, with_scratch=with_scratch, fresh=fresh)
+    _report(work)
+
+
+def inspect(config: Flags) -> None:
+    """Show what can be pruned, what is protected and why, and what a mask would save."""
+    work = Workspace(config)
+    model = work.dense(config.model.weights)
+    graph = work.trace(model)
+    show(str(graph))
+    show(f"With these weights: {choose_mask(config.mask, model, graph)}")
+
+
+def prune(config: Flags, files: FileFlags, *, one_shot: bool = False) -> None:
+    """Take the masked channels out, and count what the network gets right before and after.
+
+    Args:
+        one_shot: Choose the mask from the weights themselves, and train nothing.
+    """
+    _execute("one-shot" if one_shot else "prune", config, files)
+
+
+def evaluate(config: Flags, *, weights: Path | None = None) -> None:
+    """Count what a network gets right on the whole test set.
+
+    Args:
+        weights: An archive, dense or slim, or bare weights; --model.weights serves too.
+    """
+    path = weights or config.model.weights
+    if path is None:
+        raise MaskSparsityError("evaluate needs weights: --weights FILE")
+    work = Workspace(config)
+    counted = measure(work, work.network(path))
+    show(f"accuracy {counted['accuracy']:.2%} ({counted['correct']} of {counted['total']})")
+
+
+def profile(config: Flags, *, weights: Path | None = None) -> None:
+    """Count and measure what a network costs.
+
+    Args:
+        weights: An archive, dense or slim, or bare weights; random if not given.
+    """
+    work = Workspace(config)
+    path = weights or config.model.weights
+    found = ms.profile(work.network(path) if path else work.dense(), work.example())
+    low, high = found.latency_spread_ms
+    show(
+        f"{found.macs:,} MACs, {found.params:,} parameters, "
+        f"{found.latency_ms:.2f} ms per image (quartiles {low:.2f} and {high:.2f}), "
+        f"{found.memory_mb:.0f} MiB at most; {device_name(work.device)}"
+    )
+
+
+def compare_masks(config: Flags, masks: Masks) -> None:
+    """Tell how much masks agree: intersection over union of what they prune.
+
+    Args:
+        masks: Two or more masks, ours or the original project's.
+    """
+    if len(masks) < 2:
+        raise MaskSparsityError("compare-masks needs two masks or more")
+    work = Workspace(config)
+    graph = work.trace(work.dense())
+    read = {path: read_mask(path, graph) for path in masks}
+    for path, keep in read.items():
+        show(f"{path}: {keep}")
+    for (first, keep), (second, other) in combinations(read.items(), 2):
+        show(f"IoU {keep.iou(other):.3f} of {first} and {second}, counted per BatchNorm channel")
+
+
+def report(config: Flags, *, out: Path | None = None) -> None:
+    """Write results.json and report.html of a run, complete or not, with the run's own settings.
+
+    Args:
+        out: Run directory; runs/RECIPE if not given.
+    """
+    out = out or Path("runs") / config.recipe
+    if not (out / CONFIG).exists():
+        raise MaskSparsityError(f"{out} holds no run; `masksparsity run` makes one")
+    _report(Workspace(Config.read(out / CONFIG), out))
+
+
+def show(what: object) -> None:
+    """Put a result on stdout, once."""
+    if dist.rank() == 0:
+        Console(soft_wrap=True, highlight=False, markup=False).print(what)
+
+
+def _stage(name: str) -> Callable[..., None]:
+    def command(config: Flags, files: FileFlags) -> None:
+        _execute(name, config, files)
+
+    command.__doc__ = STAGES[name].body.__doc__
+    return command
+
+
+def _execute(name: str, config: Config, files: Files) -> None:
+    inputs = {"weights": files.weights, "mask": files.mask}
+    given = {key: path for key, path in inputs.items() if path is not None}
+    for key in given.keys() - STAGES[name].inputs.keys():
+        instead = "--model.weights" if key == "weights" else "--mask.file"
+        raise MaskSparsityError(f"{name} takes no --{key}; did you mean {instead}?")
+    runner.execute(Workspace(config, files.out, given=given), name, fresh=files.fresh)
+
+
+def _report(work: Workspace) -> None:
+    if dist.rank() == 0:
+        found = results.write(work)
+        page = reporting.write(work.runs.path)
+        show(reporting.table(found))
+        show(f"report: {page}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "run": run,
+    "inspect": inspect,
+    **{name: _stage(name) for name in ("train", "sparsify", "mask", "mask-sparsify")},
+    "prune": prune,
+    **{name: _stage(name) for name in ("finetune", "scratch")},
+    "evaluate": evaluate,
+    "profile": profile,
+    "compare-masks": compare_masks,
+    "report": report,
+}

@@ -1,0 +1,57 @@
+"""From settings to a mask and to a penalty."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import masksparsity as ms
+from masksparsity.channels.penalty import Penalty
+from masksparsity.pipeline.config import MaskConfig, MaskSparsifyConfig
+
+
+def read_mask(path: str | Path, graph: ms.ChannelGraph) -> ms.KeepMask:
+    """A mask of ours (`mask.json`), or one of the original project's files."""
+    ours = Path(path).suffix in (".json", ".safetensors")
+    return ms.KeepMask.load(path, graph) if ours else ms.KeepMask.from_original(path, graph)
+
+
+def choose_mask(config: MaskConfig, model: nn.Module, graph: ms.ChannelGraph) -> ms.KeepMask:
+    """The mask that is given, or the one that `config` asks for on the scores of `model`."""
+    if config.file:
+        return read_mask(config.file, graph)
+    scores = getattr(ms.scores, config.scores)(model, graph)
+    limits: dict[str, Any] = {
+        "round_to": config.round_to,
+        "min_keep": config.min_keep,
+        "ignore": config.ignore,
+    }
+    match config.select:
+        case "budget":
+            return ms.select.budget(graph, scores, pruned_macs=config.pruned_macs, **limits)
+        case "threshold":
+            return ms.select.threshold(graph, scores, config.threshold, **limits)
+        case "optimal":
+            return ms.select.optimal(graph, scores, config.energy, **limits)
+        case "fraction":
+            return ms.select.fraction(graph, scores, config.pruned_fraction, **limits)
+        case "uniform":
+            return ms.select.uniform(graph, scores, config.pruned_fraction, **limits)
+
+
+def create_penalty(
+    config: MaskSparsifyConfig,
+    model: nn.Module,
+    graph: ms.ChannelGraph,
+    keep: ms.KeepMask,
+    steps: int,
+) -> Penalty:
+    """The penalty of a mask-sparsify stage of `steps` steps."""
+    match config.penalty:
+        case "masked-l1":
+            return ms.MaskedL1(model, graph, keep, strength=config.strength)
+        case "proximal":
+            return ms.Proximal(model, graph, keep, strength=config.strength)
+        case "decay":
+            by = max(1, round(config.decay_fraction * steps))
+            return ms.ScheduledDecay(model, graph, keep, steps=by)

@@ -1,0 +1,131 @@
+"""The settings of a whole run, and their way to JSON and back."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.data import DataConfig
+from masksparsity.pipeline.typed import build
+from masksparsity.train.config import Phase, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The dense network."""
+
+    name: str
+    """Ours (resnet20, vgg16, ...), torchvision/NAME, timm/NAME, or module:function of your own."""
+    input: tuple[int, int, int] = (3, 32, 32)
+    """Channels, height and width of one image."""
+    classes: int = 10
+    """How many classes it tells apart."""
+    options: tuple[str, ...] = ()
+    """Further arguments of the constructor, as KEY=VALUE."""
+    weights: str | None = None
+    """Weights that the baseline starts from; random if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsifyConfig(Phase):
+    """The penalty on all scales, from which the mask is read."""
+
+    strength: float = 5e-4
+    """Sparsity factor: weight of the penalty."""
+    kind: Literal["l1", "l2", "smooth_l1"] = "l1"
+    """Form of the penalty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Which channels stay."""
+
+    file: str | None = None
+    """A mask that is given: nothing is chosen, and `sparsify` is not needed."""
+    scores: Literal["scale", "norm"] = "scale"
+    """What a channel counts for: its BatchNorm scale, or the norm of its filter."""
+    select: Literal["budget", "threshold", "optimal", "fraction", "uniform"] = "budget"
+    """How scores become a mask; each takes the setting named after it below."""
+    pruned_macs: float = 0.5
+    """budget: share of the MACs to remove."""
+    threshold: float = 0.01
+    """threshold: scores below it are pruned."""
+    energy: float = 1e-4
+    """optimal: the smallest scores of a layer, up to this share of its energy, are pruned."""
+    pruned_fraction: float = 0.5
+    """fraction and uniform: share of the channels to prune, over all or in each group."""
+    round_to: int = 1
+    """Keep a multiple of this many channels; tensor cores like 8."""
+    min_keep: int = 1
+    """Keep at least this many channels of every group."""
+    ignore: tuple[str, ...] = ()
+    """Layers to leave whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskSparsifyConfig(Phase):
+    """MaskSparsity: the penalty on the masked scales alone, again from the baseline."""
+
+    penalty: Literal["masked-l1", "proximal", "decay"] = "decay"
+    """As published (subgradient), proximal (exact zeros), or decay to zero on schedule."""
+    strength: float = 5e-4
+    """Sparsity factor of masked-l1 and proximal."""
+    decay_fraction: float = 0.5
+    """decay: share of the phase by which the masked channels are zero."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.decay_fraction <= 1:
+            raise MaskSparsityError("decay_fraction is a share of the phase, above 0 and up to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneShotConfig:
+    """Pruning a trained network without training it (`prune --one-shot`)."""
+
+    images: int = 2048
+    """Training images to recompute BatchNorm statistics on afterwards; 0 keeps them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that decides what a run computes, section by section."""
+
+    recipe: str
+    """Name of the run: its files are in runs/RECIPE unless --out says otherwise."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+    threads: int | None = None
+    """CPU threads, if torch's own choice should not stand."""
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    baseline: Phase
+    sparsify: SparsifyConfig
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    mask_sparsify: MaskSparsifyConfig
+    one_shot: OneShotConfig = field(default_factory=OneShotConfig)
+    finetune: Phase
+    scratch: Phase
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise MaskSparsityError("threads must be at least 1")
+
+    def as_json(self) -> dict[str, Any]:
+        """The config in JSON's types."""
+        values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return values
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The config saved in a JSON file."""
+        try:
+            config: Self = build(cls, json.loads(Path(path).read_text()))
+            return config
+        except (OSError, ValueError) as error:
+            raise MaskSparsityError(f"{path} is not a saved config: {error}") from error

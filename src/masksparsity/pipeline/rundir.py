@@ -1,0 +1,74 @@
+"""The run directory: one folder per stage.
+
+In it, `config.json` says what was asked for, `metrics.jsonl` how it went, `checkpoint.safetensors`
+where it stands, and `result.json`, written last, that the stage is complete.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.files import atomic
+from masksparsity.train.loop import CHECKPOINT
+
+CONFIG = "config.json"
+RESULT = "result.json"
+FILES = {"weights": "model.safetensors", "mask": "mask.json"}
+
+
+class RunDir:
+    """What the stages leave, by their names. Under torchrun, only process 0 may write."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def folder(self, stage: str) -> Path:
+        """Where the files of a stage are."""
+        return self.path / stage
+
+    def complete(self, stage: str) -> bool:
+        """Has the stage finished?"""
+        return (self.folder(stage) / RESULT).exists()
+
+    def result(self, stage: str) -> dict[str, Any]:
+        """What a complete stage found."""
+        return self._read(stage, RESULT)
+
+    def asked(self, stage: str) -> dict[str, Any] | None:
+        """What the stage was asked to do, if there is anything of it to be kept."""
+        begun = self.complete(stage) or (self.folder(stage) / CHECKPOINT).exists()
+        return self._read(stage, CONFIG) if begun else None
+
+    def begin(self, stage: str, asked: dict[str, Any], config: dict[str, Any]) -> None:
+        """Write what the stage is asked to do, and the whole config, to be run again."""
+        atomic.write_json(self.path / CONFIG, config)
+        atomic.write_json(self.folder(stage) / CONFIG, asked)
+
+    def end(self, stage: str, result: dict[str, Any]) -> None:
+        """Make the stage complete."""
+        atomic.write_json(self.folder(stage) / RESULT, result)
+        (self.folder(stage) / CHECKPOINT).unlink(missing_ok=True)
+
+    def discard(self, stage: str) -> None:
+        """Remove a stage, and every stage that started from its files."""
+        for later in self.path.glob(f"*/{CONFIG}"):
+            if stage in self._read(later.parent.name, CONFIG).get("inputs", {}).values():
+                self.discard(later.parent.name)
+        # Renamed first: a kill must not leave half a stage that looks like a whole one.
+        trash = self.path / f".{stage}.discarded"
+        shutil.rmtree(trash, ignore_errors=True)
+        if self.folder(stage).exists():
+            self.folder(stage).rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+    def _read(self, stage: str, file: str) -> dict[str, Any]:
+        path = self.folder(stage) / file
+        try:
+            value: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise MaskSparsityError(
+                f"{path} cannot be read ({error}); remove {path.parent} to do that stage again"
+            ) from error
+        return value

@@ -1,0 +1,53 @@
+"""Exact accuracy on a whole set."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from masksparsity.data import Loader
+from masksparsity.train import dist
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts over every image of a set."""
+
+    correct: int
+    total: int
+    loss: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the images whose highest output is their class."""
+        return self.correct / self.total
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: Loader, tick: Callable[[], None] = lambda: None
+) -> Evaluation:
+    """Count what `model` gets right in eval mode and full float32; its modes stay as they were.
+
+    No autocast and no TF32: the counts before and after a removal are compared to the image.
+    `tick` is called once per batch.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    try:
+        model.eval()
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for images, labels in loader.epoch(0):
+                outputs = model(images)
+                totals[0] += (outputs.argmax(1) == labels).sum()
+                totals[1] += len(labels)
+                totals[2] += F.cross_entropy(outputs, labels, reduction="sum")
+                tick()
+    finally:
+        for module, training in modes:
+            module.training = training
+    correct, total, loss = dist.sum_(totals).tolist()
+    return Evaluation(int(correct), int(total), loss / total)

@@ -1,0 +1,165 @@
+"""The command line: what it prints, what it exits with, and that mistakes get one clear line."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import masksparsity as ms
+from masksparsity.cli import COMMANDS, main
+from masksparsity.pipeline import Config
+from masksparsity.recipes import RECIPES
+
+Shell = Callable[..., tuple[int, str, str]]
+SMALL = ["--model.options", "in_channels=1", "width=8"]
+
+
+@pytest.fixture
+def shell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Shell:
+    """Run a command in this process, in a folder of its own: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["masksparsity", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def epochs(count: int) -> list[str]:
+    stages = ("baseline", "sparsify", "mask-sparsify", "finetune")
+    return [word for stage in stages for word in (f"--{stage}.epochs", str(count))]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained small network as an archive."""
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    ms.save(ms.models.create("resnet20", num_classes=10, in_channels=1, width=8), path)
+    return path
+
+
+def test_run_ends_with_the_table_and_the_report(shell: Shell, tmp_path: Path) -> None:
+    code, out, err = shell("run", "digits-resnet20", *SMALL, *epochs(1), "--seed", 3)
+    assert code == 0, err
+    assert "mask-sparsify" in out
+    assert "runs/digits-resnet20/report.html" in out
+    run = tmp_path / "runs" / "digits-resnet20"
+    assert (run / "report.html").exists()
+    assert json.loads((run / "results.json").read_text())["command"].endswith("--seed 3")
+    assert Config.read(run / "config.json").seed == 3
+
+    code, _, err = shell("run", "--config", run / "config.json")
+    assert code == 0
+    assert err.count("done before") == 6
+
+
+def test_help_names_every_command_and_recipe(shell: Shell) -> None:
+    code, out, _ = shell("--help")
+    assert code == 0
+    assert all(name in out for name in (*COMMANDS, *RECIPES))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_flags_from_the_config(shell: Shell, command: str) -> None:
+    code, out, _ = shell(command, "cifar10-resnet56", "--help")
+    assert code == 0
+    assert "--mask-sparsify.strength" in out
+    assert "0.55" in out  # the recipe's budget is the flag's default
+
+
+def test_tools(shell: Shell, weights: Path, tmp_path: Path) -> None:
+    code, out, _ = shell("inspect", *SMALL)
+    assert code == 0
+    assert "protected" in out
+    assert "MACs -5" in out
+
+    code, out, _ = shell("evaluate", *SMALL, "--weights", weights)
+    assert code == 0
+    assert "accuracy" in out
+
+    code, out, _ = shell("profile", *SMALL, "--weights", weights)
+    assert code == 0
+    assert "ms per image" in out
+
+    for name, share in (("a", 0.3), ("b", 0.5)):
+        selection = ["--mask.select", "uniform", "--mask.pruned-fraction", share]
+        assert shell("mask", *SMALL, *selection, "--weights", weights, "--out", name)[0] == 0
+    code, out, _ = shell("compare-masks", "a/mask/mask.json", "b/mask/mask.json", *SMALL)
+    assert code == 0
+    assert "IoU 0." in out
+
+
+def test_prune_one_shot(shell: Shell, weights: Path, tmp_path: Path) -> None:
+    code, _, err = shell("prune", "--one-shot", *SMALL, "--weights", weights, "--out", "out")
+    assert code == 0, err
+    assert "right before removal" in err
+    code, _, _ = shell("profile", *SMALL, "--weights", "out/one-shot/model.safetensors")
+    assert code == 0
+    code, out, _ = shell("report", "--out", "out")
+    assert code == 0
+    assert "equals" in out or "removal took" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bogus"], "no command 'bogus'"),
+        (["run", "bogus"], "no recipe 'bogus'"),
+        (["run", "--config"], "--config needs a file"),
+        (["run", "--config", "missing.json"], "missing.json"),
+        (["run", "--nonsense", "1"], "nonsense"),
+        (["run", "--baseline.epochs", "-1"], "negative"),
+        (["run", "--model.name", "resnet21"], "resnet21"),
+        (["run", "--model.options", "width"], "KEY=VALUE"),
+        (["run", "--mask.file", "missing.json", "--baseline.epochs", "0"], "missing"),
+        (["train", "--mask", "x.json"], "train takes no --mask"),
+        (["mask", "--mask.pruned-macs", "0.9999", "--weights", "WEIGHTS"], "cannot be met"),
+        (["mask", "--mask.ignore", "layer9", "--weights", "WEIGHTS"], "layer9"),
+        (["evaluate"], "--weights"),
+        (["evaluate", "--weights", "missing.th"], "missing.th"),
+        (["evaluate", "--weights", "CUT"], "cut.safetensors"),
+        (["evaluate", "--model.name", "resnet32", "--weights", "WEIGHTS"], "another architecture"),
+        (["evaluate", "--data.name", "folder", "--data.root", ".", "--weights", "WEIGHTS"], "."),
+        (["compare-masks", "one.json"], "two masks"),
+        (["report"], "holds no run"),
+    ],
+)
+def test_mistakes_exit_with_2_and_say_what(
+    shell: Shell, weights: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(weights.read_bytes()[:1000])
+    named = {"WEIGHTS": weights, "CUT": cut}
+    small = SMALL if "WEIGHTS" in arguments else []
+    code, _, err = shell(*(named.get(word, word) for word in arguments), *small)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_failed_run_exits_with_1(shell: Shell) -> None:
+    code, _, err = shell("train", *SMALL, "--baseline.lr", "1e30")
+    assert code == 1
+    assert "Lower the learning rate" in err
+
+
+def test_as_a_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "masksparsity", "train", "nosuch"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("masksparsity: there is no recipe 'nosuch'")
+    assert len(done.stderr.splitlines()) == 1

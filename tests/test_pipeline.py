@@ -1,0 +1,322 @@
+"""The whole pipeline on the embedded digits, with a narrow network and two epochs per stage."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import masksparsity as ms
+from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.failure import RunFailure
+from masksparsity.pipeline import Config, Workspace, execute, results, run
+from masksparsity.pipeline.choices import choose_mask
+from masksparsity.pipeline.config import MaskConfig
+from masksparsity.recipes import RECIPES, digits_resnet20
+
+STAGES = ("train", "sparsify", "mask", "mask-sparsify", "prune", "finetune")
+
+
+def tiny(epochs: int = 2, **sections: Any) -> Config:
+    config = digits_resnet20()
+    phases = ("baseline", "sparsify", "mask_sparsify", "finetune", "scratch")
+    short = {name: replace(getattr(config, name), epochs=epochs) for name in phases}
+    model = replace(config.model, options=("in_channels=1", "width=8"))
+    train = replace(config.train, batch_size=128)
+    return replace(config, **{"model": model, "train": train, **short, **sections})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run(Workspace(tiny(), out))
+    return out
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """What a run leaves: every weight and every mask, to the byte."""
+    found = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*.safetensors")}
+    assert len(found) == 6
+    return found
+
+
+def numbers(out: Path, config: Config | None = None) -> dict[str, Any]:
+    """The results that time has no part in."""
+    found = results.collect(Workspace(config or tiny(), out))
+    curves = {
+        stage: [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+        for stage, lines in found["curves"].items()
+    }
+    return {**found, "curves": curves, "seconds": None, "latency_ms": None, "command": None}
+
+
+def test_results(whole: Path) -> None:
+    found = results.write(Workspace(tiny(), whole))
+    assert json.loads((whole / "results.json").read_text()) == found
+    assert found["accuracy"].keys() == found["correct"].keys()
+    assert set(found["correct"]) == {"baseline", "before_removal", "after_removal", "finetuned"}
+    for key, correct in found["correct"].items():
+        assert found["accuracy"][key] == correct / found["total"]
+    assert found["correct"]["before_removal"] == found["correct"]["after_removal"]
+    assert found["macs"]["slim"] <= 0.5 * found["macs"]["dense"]
+    assert found["params"]["slim"] < found["params"]["dense"]
+    assert tuple(found["seconds"]) == STAGES
+    assert set(found["kept_scale_mean"]) == {"global_l1", "masked"}
+    assert [line["epoch"] for line in found["curves"]["finetune"]] == [1, 2]
+    assert found["latency_ms"]["slim"] > 0
+    assert found["warnings"] == []
+    sizes = [layer["dense"] for layer in found["layers"]]
+    for scales in found["scales"].values():
+        assert len(scales["edges"]) == 51
+        assert sum(scales["kept"]) + sum(scales["pruned"]) == sum(sizes)
+        assert sum(scales["kept"]) == sum(layer["kept"] for layer in found["layers"])
+    # Every masked scale was driven to zero.
+    assert found["scales"]["masked"]["pruned"][0] == sum(found["scales"]["masked"]["pruned"])
+
+
+def test_stages_one_by_one_from_their_files_give_the_bits_of_a_run(
+    whole: Path, tmp_path: Path
+) -> None:
+    made = {
+        "train": {},
+        "sparsify": {"weights": "train"},
+        "mask": {"weights": "sparsify"},
+        "mask-sparsify": {"weights": "train", "mask": "mask"},
+        "prune": {"weights": "mask-sparsify", "mask": "mask"},
+        "finetune": {"weights": "prune"},
+    }
+    names = {"weights": "model.safetensors", "mask": "mask.json"}
+    for stage, inputs in made.items():
+        given = {k: whole / source / names[k] for k, source in inputs.items()}
+        torch.manual_seed(99)  # a new process would have other generators
+        execute(Workspace(tiny(), tmp_path, given=given), stage)
+    assert files(tmp_path) == files(whole)
+    assert numbers(tmp_path) == numbers(whole)
+
+
+def test_a_complete_run_is_left_alone(whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*.*") if path.is_file()}
+    run(Workspace(tiny(), whole))
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize(
+    ("stage", "sign"), [("train", signal.SIGKILL), ("mask-sparsify", signal.SIGINT)]
+)
+def test_stopped_and_started_again_gives_the_same_bits(
+    whole: Path, tmp_path: Path, stage: str, sign: signal.Signals
+) -> None:
+    config, out = tmp_path / "config.json", tmp_path / "out"
+    config.write_text(json.dumps(tiny().as_json()))
+    command = [sys.executable, "-m", "masksparsity", "run", "--config", str(config)]
+    process = subprocess.Popen(
+        [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (out / stage / "checkpoint.safetensors").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(sign)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if sign == signal.SIGINT else -signal.SIGKILL)
+    assert "Traceback" not in errors
+    assert not (out / "finetune").exists()
+
+    run(Workspace(tiny(), out))
+    assert files(out) == files(whole)
+    assert numbers(out) == numbers(whole)
+
+
+def test_a_full_disk_stops_the_stage_and_the_next_start_goes_on(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if "sparsify" in str(target) and target.name == "model.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(RunFailure, match=r"sparsify.model\.safetensors: No space left"):
+            run(Workspace(tiny(), tmp_path))
+    assert (tmp_path / "train" / "result.json").exists()
+    assert not list(tmp_path.rglob("*.partial"))
+    run(Workspace(tiny(), tmp_path))
+    assert files(tmp_path) == files(whole)
+
+
+def test_an_infinite_loss_names_the_stage_and_leaves_the_earlier_ones(tmp_path: Path) -> None:
+    config = tiny(1)
+    config = replace(config, sparsify=replace(config.sparsify, lr=1e30))
+    with pytest.raises(RunFailure, match=r"sparsify: the loss is not finite in epoch 1"):
+        run(Workspace(config, tmp_path))
+    before = (tmp_path / "train" / "model.safetensors").read_bytes()
+    run(Workspace(tiny(1), tmp_path))  # nothing of the stage was worth keeping: no --fresh needed
+    assert (tmp_path / "train" / "model.safetensors").read_bytes() == before
+
+
+def test_other_settings_are_refused_and_fresh_does_again_what_depends_on_them(
+    whole: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    other = tiny(mask=MaskConfig(pruned_macs=0.6))
+    with pytest.raises(MaskSparsityError, match=r"mask\.pruned_macs is 0\.5 there and 0\.6 here"):
+        run(Workspace(other, out))
+    with pytest.raises(MaskSparsityError, match=r"mask\.pruned_macs"):
+        execute(Workspace(other, out), "finetune", fresh=True)
+    assert files(out) == files(whole)
+
+    run(Workspace(other, out), fresh=True)
+    ours, theirs = files(out), files(whole)
+    same = {name for name in theirs if ours[name] == theirs[name]}
+    assert same == {"train/model.safetensors", "sparsify/model.safetensors"}
+    assert numbers(out, other)["macs"]["slim"] <= 0.4 * numbers(out, other)["macs"]["dense"]
+
+
+def test_settings_that_change_no_number_may_change(whole: Path) -> None:
+    config = tiny()
+    other = replace(config, data=replace(config.data, workers=7), threads=2, recipe="other name")
+    run(Workspace(other, whole))
+
+
+def test_settings_of_later_stages_do_not_matter_to_earlier_ones(whole: Path) -> None:
+    config = tiny()
+    other = replace(config, finetune=replace(config.finetune, lr=1))
+    execute(Workspace(other, whole), "prune")
+
+
+def test_a_given_mask_needs_no_sparsify(whole: Path, tmp_path: Path) -> None:
+    config = tiny(1, mask=MaskConfig(file=str(whole / "mask" / "mask.json")))
+    run(Workspace(config, tmp_path))
+    found = numbers(tmp_path, config)
+    assert not (tmp_path / "sparsify").exists()
+    assert found["macs"] == numbers(whole)["macs"]
+    assert set(found["kept_scale_mean"]) == {"masked"}
+
+
+def test_the_published_penalty_warns_where_it_does_not_reach_zero(
+    whole: Path, tmp_path: Path
+) -> None:
+    config = tiny(1)
+    config = replace(config, mask_sparsify=replace(config.mask_sparsify, penalty="masked-l1"))
+    given = {
+        "weights": whole / "train" / "model.safetensors",
+        "mask": whole / "mask" / "mask.json",
+    }
+    result = execute(Workspace(config, tmp_path, given=given), "mask-sparsify")
+    assert "not near zero" in result["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    ("select", "setting", "some", "more"),
+    [
+        ("budget", "pruned_macs", 0.3, 0.6),
+        ("threshold", "threshold", 1.0, 1.1),
+        ("optimal", "energy", 0.1, 0.2),
+        ("fraction", "pruned_fraction", 0.3, 0.6),
+        ("uniform", "pruned_fraction", 0.3, 0.6),
+    ],
+)
+def test_every_selector_heeds_its_settings(
+    whole: Path, tmp_path: Path, select: Any, setting: str, some: float, more: float
+) -> None:
+    work = Workspace(tiny(), tmp_path)
+    model = work.network(whole / "sparsify" / "model.safetensors")
+    graph = work.trace(model)
+
+    def chosen(value: float, round_to: int = 1) -> ms.KeepMask:
+        settings: dict[str, Any] = {setting: value, "round_to": round_to}
+        return choose_mask(MaskConfig(select=select, **settings), model, graph)
+
+    assert 0 < chosen(some).pruned_fraction < chosen(more).pruned_fraction
+    prunable = [group.prunable for group in graph.groups]
+    kept = chosen(some, round_to=4).kept[torch.tensor(prunable)]
+    assert (kept % 4 == 0).all()
+
+
+def test_scratch_and_one_shot(whole: Path, tmp_path: Path) -> None:
+    given = {"mask": whole / "mask" / "mask.json"}
+    result = execute(Workspace(tiny(1), tmp_path, given=given), "scratch")
+    assert result["total"] == numbers(whole)["total"]
+
+    given = {"weights": whole / "train" / "model.safetensors"}
+    config = tiny(mask=MaskConfig(pruned_macs=0.2, scores="norm"))
+    work = Workspace(config, tmp_path, given=given)
+    result = execute(work, "one-shot")
+    assert result["macs"]["slim"] <= 0.8 * result["macs"]["dense"]
+    assert result["before_removal"]["correct"] == numbers(whole)["correct"]["baseline"]
+    assert result["correct"] > result["after_removal"]["correct"]  # what recalibration brings
+    slim = work.network(tmp_path / "one-shot" / "model.safetensors")
+    assert work.trace(slim).cost().macs == result["macs"]["slim"]
+
+
+def test_a_stage_without_its_predecessor_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(MaskSparsityError, match=r"masksparsity mask-sparsify.*--weights"):
+        execute(Workspace(tiny(), tmp_path / "out"), "prune")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(MaskSparsityError, match=r"no file .*w\.th"):
+        execute(Workspace(tiny(), tmp_path, given={"weights": Path("w.th")}), "sparsify")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [({"input": (3, 8, 8)}, "--model.input 1 8 8"), ({"classes": 7}, "--model.classes 10")],
+)
+def test_a_model_for_other_data_says_which_flag(
+    tmp_path: Path, section: dict[str, Any], message: str
+) -> None:
+    config = tiny()
+    with pytest.raises(MaskSparsityError, match=message):
+        run(Workspace(replace(config, model=replace(config.model, **section)), tmp_path))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_survive_json(name: str, tmp_path: Path) -> None:
+    config = RECIPES[name]()
+    assert config.recipe == name
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.as_json()))
+    assert Config.read(path) == config
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"sede": 1}, "no setting is called sede"),
+        ({"seed": "one"}, "seed cannot be 'one'"),
+        ({"baseline": {"epochs": 3}}, "baseline.*lr"),
+        ({"baseline": {"epochs": -3, "lr": 0.1}}, "negative"),
+        ({"device": "tpu"}, "device cannot be 'tpu'"),
+        ({"mask": {"ignore": [1]}}, "mask.ignore cannot be 1"),
+        ({"finetune": None}, "finetune cannot be None"),
+    ],
+)
+def test_an_edited_config_is_checked(edit: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny().as_json() | edit))
+    with pytest.raises(MaskSparsityError, match=message) as error:
+        Config.read(path)
+    assert str(path) in str(error.value)
