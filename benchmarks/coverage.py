@@ -264,7 +264,9 @@ def line(row: dict[str, Any]) -> str:
     notes = [row["error"]] if "error" in row else []
     notes += [f"{count} {why}" for why, count in list(row.get("protected", {}).items())[:4]]
     notes += [f"[peer: {row['peer']}]"] if "peer" in row else []
-    return f"{row['name']:42} {row['status']:16} {share:6.1%} {' '.join(numbers)}  {'; '.join(notes)}"
+    return (
+        f"{row['name']:42} {row['status']:16} {share:6.1%} {' '.join(numbers)}  {'; '.join(notes)}"
+    )
 
 
 def main() -> int:

@@ -82,6 +82,15 @@ class MaskSparsifyConfig(Phase):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """Removal of the masked channels."""
+
+    absorb: Literal["none", "exact", "bias"] = "none"
+    """What becomes of the constants that channels with a shift but no scale still say: dropped,
+    kept by one constant channel a group, or moved into biases (exact but for padded borders)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OneShotConfig:
     """Pruning a trained network without training it (`prune --one-shot`)."""
 
@@ -108,6 +117,7 @@ class Config:
     sparsify: SparsifyConfig
     mask: MaskConfig = field(default_factory=MaskConfig)
     mask_sparsify: MaskSparsifyConfig
+    prune: PruneConfig = field(default_factory=PruneConfig)
     one_shot: OneShotConfig = field(default_factory=OneShotConfig)
     finetune: Phase
     scratch: Phase

@@ -44,7 +44,7 @@ def mask(work: Workspace, folder: Path) -> Result:
     model = work.dense() if work.config.mask.file else _network(work, "mask")
     graph = work.trace(model)
     keep = choose_mask(work.config.mask, model, graph)
-    return _save_mask(work, folder, keep) | _costs(graph, keep)
+    return _save_mask(work, folder, keep) | _costs(graph.cost(), graph.cost(keep))
 
 
 def mask_sparsify(work: Workspace, folder: Path) -> Result:
@@ -107,10 +107,10 @@ STAGES = {
         Stage("sparsify", sparsify, (*_COMMON, "sparsify"), {"weights": "train"}),
         Stage("mask", mask, ("seed", "model", "mask"), {"weights": "sparsify"}),
         Stage("mask-sparsify", mask_sparsify, (*_COMMON, "mask_sparsify"), _MASKED),
-        Stage("prune", prune, _COMMON, _DECAYED),
+        Stage("prune", prune, (*_COMMON, "prune"), _DECAYED),
         Stage("finetune", finetune, (*_COMMON, "finetune"), {"weights": "prune"}),
         Stage("scratch", scratch, (*_COMMON, "scratch"), {"mask": "mask"}),
-        Stage("one-shot", one_shot, (*_COMMON, "mask", "one_shot"), {"weights": "train"}),
+        Stage("one-shot", one_shot, (*_COMMON, "mask", "prune", "one_shot"), {"weights": "train"}),
     )
 }
 
@@ -156,7 +156,8 @@ def _prune(
     work: Workspace, model: nn.Module, graph: ms.ChannelGraph, keep: ms.KeepMask
 ) -> tuple[Result, nn.Module]:
     before = measure(work, model)
-    slim = work.place(ms.prune(model, graph, keep))
+    how = work.config.prune.absorb
+    slim = work.place(ms.prune(model, graph, keep, absorb=None if how == "none" else how))
     result = {
         "before_removal": before,
         "after_removal": measure(work, slim),
@@ -165,7 +166,7 @@ def _prune(
             "slim": ms.profile(slim, work.example()).latency_ms,
         },
     }
-    return result | _costs(graph, keep), slim
+    return result | _costs(graph.cost(), work.trace(slim).cost()), slim
 
 
 def _save(folder: Path, model: nn.Module) -> None:
@@ -179,8 +180,7 @@ def _save_mask(work: Workspace, folder: Path, keep: ms.KeepMask) -> Result:
     return {"pruned_fraction": keep.pruned_fraction}
 
 
-def _costs(graph: ms.ChannelGraph, keep: ms.KeepMask) -> Result:
-    dense, slim = graph.cost(), graph.cost(keep)
+def _costs(dense: ms.Cost, slim: ms.Cost) -> Result:
     return {
         "macs": {"dense": dense.macs, "slim": slim.macs},
         "params": {"dense": dense.params, "slim": slim.params},

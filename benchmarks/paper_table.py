@@ -1,0 +1,225 @@
+"""The table of controls: every arm from the same baseline, at equal total epochs and MACs.
+
+    python benchmarks/paper_table.py digits-resnet20 --seeds 3
+    python benchmarks/paper_table.py cifar10-resnet56 --seeds 3 --data.root /path/to/cifar10
+
+With B, S, M, F epochs of the recipe's baseline, sparsify, mask-sparsify and finetune stages, every
+arm trains B+S+M+F epochs in all, the mask's source (S) counted to MaskSparsity and to ours:
+
+    dense      the baseline, trained on for S+M+F
+    slimming   L1 on all scales for S+M, removal, finetuning for F
+    uniform    uniform fraction by filter L1 norm, removal, finetuning for S+M+F
+    scratch    our slim architecture from random weights for B+S+M+F
+    published  MaskSparsity: subgradient on the masked scales for M, removal, finetuning for F
+    ours       the recipe as it stands: scheduled decay for M, removal, finetuning for F
+
+Last epoch everywhere. Goes on from what is complete under --runs; flags after the recipe go to its
+config. Writes results/RECIPE-table.txt and .json.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from safetensors.torch import load_file
+
+import masksparsity as ms
+from masksparsity.files import atomic
+from masksparsity.pipeline.config import Config
+from masksparsity.pipeline.origin import origin
+from masksparsity.pipeline.runner import execute
+from masksparsity.pipeline.workspace import Workspace
+from masksparsity.recipes import recipe
+
+Row = dict[str, Any]
+
+
+class Arms:
+    """All arms of one seed. Each is a function that returns its row of the table."""
+
+    def __init__(self, config: Config, out: Path):
+        self.config, self.out = config, out
+        self.base = Workspace(config, out / "base")
+        for stage in ("train", "sparsify", "mask"):
+            execute(self.base, stage)
+        self.dense = out / "base/train/model.safetensors"
+        self.mask = out / "base/mask/mask.json"
+        self.epochs = {
+            "B": config.baseline.epochs,
+            "S": config.sparsify.epochs,
+            "M": config.mask_sparsify.epochs,
+            "F": config.finetune.epochs,
+        }
+        # Training on for long needs a rate that can still move the weights.
+        self.long = replace(config.finetune, epochs=self._sum("SMF"), lr=config.sparsify.lr)
+
+    def dense_on(self) -> Row:
+        work = self._work("dense", {"weights": self.dense}, finetune=self.long)
+        return self._row(work, {"finetuned": execute(work, "finetune")}, "B + SMF")
+
+    def slimming(self) -> Row:
+        sparsify = replace(self.config.sparsify, epochs=self._sum("SM"))
+        execute(self._work("slimming", {"weights": self.dense}, sparsify=sparsify), "sparsify")
+        weights = self.out / "slimming/sparsify/model.safetensors"
+        execute(self._work("slimming", {"weights": weights}), "mask")
+        mask = self.out / "slimming/mask/mask.json"
+        return self._removed("slimming", weights, mask, "B + SM + F")
+
+    def uniform(self) -> Row:
+        model = self.base.network(self.dense)
+        graph = self.base.trace(model)
+        scores = ms.scores.norm(model, graph)
+        target = graph.cost(ms.KeepMask.load(self.mask, graph)).macs
+        low, high = 0.0, 1.0  # the smallest fraction that removes as many MACs as ours
+        while high - low > 1e-3:
+            middle = (low + high) / 2
+            cost = graph.cost(ms.select.uniform(graph, scores, middle)).macs
+            low, high = (middle, high) if cost > target else (low, middle)
+        path = self.out / "uniform/chosen.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ms.select.uniform(graph, scores, high).save(path)
+        return self._removed("uniform", self.dense, path, "B + SMF", finetune=self.long)
+
+    def scratch(self) -> Row:
+        phase = replace(self.config.scratch, epochs=self._sum("BSMF"))
+        work = self._work("scratch", {"mask": self.mask}, scratch=phase)
+        return self._row(work, {"finetuned": execute(work, "scratch")}, "BSMF", self.mask)
+
+    def published(self) -> Row:
+        return self._masked("published", "masked-l1")
+
+    def ours(self) -> Row:
+        return self._masked("ours", self.config.mask_sparsify.penalty)
+
+    def _masked(self, name: str, penalty: Any) -> Row:
+        phase = replace(self.config.mask_sparsify, penalty=penalty)
+        given = {"weights": self.dense, "mask": self.mask}
+        execute(self._work(name, given, mask_sparsify=phase), "mask-sparsify")
+        weights = self.out / name / "mask-sparsify/model.safetensors"
+        return self._removed(name, weights, self.mask, "B + S (mask) + M + F")
+
+    def _removed(self, name: str, weights: Path, mask: Path, epochs: str, **sections: Any) -> Row:
+        given = {"weights": weights, "mask": mask}
+        pruned = execute(self._work(name, given), "prune")
+        work = self._work(name, {}, **sections)
+        found = {
+            "before_removal": pruned["before_removal"],
+            "after_removal": pruned["after_removal"],
+        }
+        found["finetuned"] = execute(work, "finetune")
+        return self._row(work, found, epochs, mask, weights, pruned)
+
+    def _row(
+        self,
+        work: Workspace,
+        found: dict[str, Row],
+        epochs: str,
+        mask: Path | None = None,
+        weights: Path | None = None,
+        pruned: Row | None = None,
+    ) -> Row:
+        graph = self.base.trace(self.base.dense())
+        keep = ms.KeepMask.load(mask, graph) if mask else ms.KeepMask(graph)
+        dense, slim = graph.cost(), graph.cost(keep)
+        row: Row = {f"{k}_accuracy": v["accuracy"] for k, v in found.items()}
+        row |= {"macs_removed": 1 - slim.macs / dense.macs, "epochs": self._spell(epochs)}
+        row |= {"params_removed": 1 - slim.params / dense.params}
+        if pruned and weights:
+            tensors = load_file(weights)
+            scales = [tensors[f"{n}.weight"][k].abs() for n, k in keep.by_norm().items()]
+            row["kept_scale"] = float(sum(s.sum() for s in scales) / sum(map(len, scales)))
+            row["latency_ms"] = pruned["latency_ms"]
+        return row
+
+    def _work(self, name: str, given: dict[str, Path], **sections: Any) -> Workspace:
+        work = Workspace(replace(self.config, **sections), self.out / name, given=given)
+        work.data = self.base.data  # decoded once
+        return work
+
+    def _sum(self, letters: str) -> int:
+        return sum(self.epochs[letter] for letter in letters)
+
+    def _spell(self, epochs: str) -> str:
+        parts = epochs.split(" + ")
+        return " + ".join(
+            f"{self._sum(p.removesuffix(' (mask)'))}{' (mask)' * p.endswith('(mask)')}"
+            for p in parts
+        )
+
+
+ARMS: dict[str, Callable[[Arms], Row]] = {
+    "dense": Arms.dense_on,
+    "slimming": Arms.slimming,
+    "uniform": Arms.uniform,
+    "scratch": Arms.scratch,
+    "published": Arms.published,
+    "ours": Arms.ours,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", nargs="?", default="digits-resnet20")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--runs", type=Path, default=Path("runs/table"))
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--name", help="of the results' files; the recipe's if not given")
+    args, flags = parser.parse_known_args()
+    config = tyro.cli(Config, default=recipe(args.recipe), args=flags)
+    table: dict[str, dict[int, Row]] = {arm: {} for arm in args.arms}
+    target = args.results / f"{args.name or args.recipe}-table"
+    command = " ".join(["python benchmarks/paper_table.py", *sys.argv[1:]])
+    for seed in range(args.seeds):
+        arms = Arms(replace(config, seed=seed), args.runs / f"{args.name or args.recipe}-{seed}")
+        for arm in args.arms:
+            table[arm][seed] = ARMS[arm](arms)
+            where = origin(arms.base.device) | {"command": command}
+            atomic.write(target.with_suffix(".txt"), text(table, where).encode())
+            atomic.write_json(target.with_suffix(".json"), {**where, "arms": table})
+    print(text(table, where))
+
+
+def text(table: dict[str, dict[int, Row]], where: Row) -> str:
+    """The table as people read it: accuracies in %, mean ± standard deviation over seeds."""
+    columns = ("before_removal_accuracy", "after_removal_accuracy", "finetuned_accuracy")
+    lines = [
+        "arm         n   before removal    right after      finetuned   ours minus arm     MACs   "
+        "params   kept scale   epochs"
+    ]
+    ours = table.get("ours", {})
+    for arm, rows in table.items():
+        if not rows:
+            continue
+        cells = [_spread([100 * r[c] for r in rows.values() if c in r]) for c in columns]
+        both = [s for s in rows if s in ours and arm != "ours"]
+        gain = [100 * (ours[s][columns[2]] - rows[s][columns[2]]) for s in both]
+        first = next(iter(rows.values()))
+        scale = [r["kept_scale"] for r in rows.values() if "kept_scale" in r]
+        macs, params = (
+            -100 * statistics.mean(r[k] for r in rows.values())
+            for k in ("macs_removed", "params_removed")
+        )
+        lines.append(
+            f"{arm:10} {len(rows):>2} {cells[0]:>16} {cells[1]:>14} {cells[2]:>14}"
+            f" {_spread(gain):>16} {macs:>7.1f} % {params:>6.1f} %"
+            f" {statistics.mean(scale) if scale else float('nan'):>10.3f}   {first['epochs']}"
+        )
+    return "\n".join([*lines, json.dumps(where)]) + "\n"
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
+
+
+if __name__ == "__main__":
+    main()
