@@ -34,7 +34,8 @@ def main() -> None:
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     print(f"{hardware or platform.machine()}, {args.threads} threads, torch {torch.__version__}")
     print(
-        "network                round_to  batch  MACs removed   dense ms    slim ms   speed-up (quartiles)"
+        f"{'network':22} {'round_to':>8} {'batch':>6} {'MACs removed':>13} {'dense ms':>10} "
+        f"{'slim ms':>10}   speed-up (quartiles)"
     )
     rows = []
     for name, shape in NETWORKS.items():

@@ -61,13 +61,17 @@ def table(recipe: str, results: list[dict], command: str) -> str:
         cells = [f"{100 * r['accuracy'][s]:.2f} ({r['correct'][s]})" for s in STAGES]
         kept = r["kept_scale_mean"]
         lines.append(
-            f"{r['seed']:>4}  " + "".join(f"{c:>18}" for c in cells)
+            f"{r['seed']:>4}  "
+            + "".join(f"{c:>18}" for c in cells)
             + f"{removed[-1]:>14.2f} {seconds[-1]:>10.1f}"
             + f"{kept['global_l1']:>24.3f}, {kept['masked']:.3f}"
-        )  # fmt: skip
+        )
     columns = [[100 * r["accuracy"][s] for r in results] for s in STAGES]
-    lines.append("mean  " + "".join(f"{_spread(c):>18}" for c in columns)
-                 + f"{statistics.mean(removed):>14.2f} {statistics.mean(seconds):>10.1f}")  # fmt: skip
+    lines.append(
+        "mean  "
+        + "".join(f"{_spread(c):>18}" for c in columns)
+        + f"{statistics.mean(removed):>14.2f} {statistics.mean(seconds):>10.1f}"
+    )
     gain = [f - b for b, f in zip(columns[0], columns[3], strict=True)]
     drop = [a - b for a, b in zip(columns[2], columns[1], strict=True)]
     lines += [
