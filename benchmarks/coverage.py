@@ -107,7 +107,7 @@ def random_mask(graph: ms.ChannelGraph) -> ms.KeepMask:
         values = torch.rand(group.size, generator=generator)
         kept = values >= 0.8 * torch.rand((), generator=generator)
         keep[group.name] = kept | (values == values.max())
-    return ms.KeepMask(graph, keep)
+    return ms.KeepMask(graph, keep).repaired()
 
 
 def targets(x: Tensor) -> list[dict[str, Tensor]]:
@@ -122,6 +122,9 @@ def forward(model: nn.Module, inputs: tuple, train: bool = False) -> list[Tensor
     detects = hasattr(model, "roi_heads") or hasattr(model, "anchor_generator")
     for module in model.modules():
         module.training = train and not re.match("Drop|Stochastic", type(module).__name__)
+        for rate in ("dropout", "drop_rate"):
+            if isinstance(getattr(module, rate, None), float):
+                setattr(module, rate, 0.0)
     with torch.random.fork_rng(), torch.set_grad_enabled(train):
         torch.manual_seed(0)
         out = model(*inputs, targets(inputs[0])) if train and detects else model(*inputs)

@@ -108,6 +108,11 @@ def test_prune_one_shot(shell: Shell, weights: Path, tmp_path: Path) -> None:
     assert "right before removal" in err
     code, _, _ = shell("profile", *SMALL, "--weights", "out/one-shot/model.safetensors")
     assert code == 0
+    slim = ("--weights", "out/one-shot/model.safetensors", "--out", "slim.pt2")
+    code, out, err = shell("export", *SMALL, *slim)
+    assert code == 0, err
+    assert "slim.pt2" in out
+    assert (tmp_path / "slim.pt2").exists()
     code, out, _ = shell("report", "--out", "out")
     assert code == 0
     assert "equals" in out or "removal took" in out

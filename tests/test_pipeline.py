@@ -320,3 +320,14 @@ def test_an_edited_config_is_checked(edit: dict[str, Any], message: str, tmp_pat
     with pytest.raises(MaskSparsityError, match=message) as error:
         Config.read(path)
     assert str(path) in str(error.value)
+
+
+def test_a_mask_that_cannot_be_had_is_refused_before_any_training(tmp_path: Path) -> None:
+    for mask, message in (
+        (MaskConfig(ignore=("layer9",)), "'layer9'"),
+        (MaskConfig(pruned_macs=0.9999), "cannot be met"),
+        (MaskConfig(file=str(tmp_path / "none.json")), "no such file"),
+    ):
+        with pytest.raises(MaskSparsityError, match=message):
+            run(Workspace(tiny(mask=mask), tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

@@ -17,9 +17,10 @@ from .channels.groups import ChannelGraph, ChannelGroup, trace
 from .channels.mask import KeepMask
 from .channels.penalty import MaskedL1, Proximal, ScheduledDecay
 from .channels.surgery import apply_mask, prune
+from .exporting import export
 from .files.archive import load, save
 from .files.mask import from_original, load_mask, save_mask
-from .profiling import Profile, profile
+from .profiling import Profile, latency, profile
 
 KeepMask.save = save_mask
 KeepMask.load = staticmethod(load_mask)  # type: ignore[assignment]
@@ -38,6 +39,8 @@ __all__ = [
     "Proximal",
     "ScheduledDecay",
     "apply_mask",
+    "export",
+    "latency",
     "load",
     "models",
     "profile",

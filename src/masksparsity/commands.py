@@ -105,6 +105,21 @@ def profile(config: Flags, *, weights: Path | None = None) -> None:
     )
 
 
+def export(config: Flags, *, weights: Path | None = None, out: Path = Path("model.onnx")) -> None:
+    """Write a network for use outside of Python, checked against the one that it is made from.
+
+    Args:
+        weights: An archive, dense or slim, or bare weights; --model.weights serves too.
+        out: ONNX (.onnx) or torch.export (.pt2); batches of any length.
+    """
+    path = weights or config.model.weights
+    if path is None:
+        raise MaskSparsityError("export needs weights: --weights FILE")
+    work = Workspace(config)
+    ms.export(work.network(path), work.example(), out)
+    show(f"{out}: {out.stat().st_size / 2**20:.1f} MiB")
+
+
 def compare_masks(config: Flags, masks: Masks) -> None:
     """Tell how much masks agree: intersection over union of what they prune.
 
@@ -173,6 +188,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     **{name: _stage(name) for name in ("finetune", "scratch")},
     "evaluate": evaluate,
     "profile": profile,
+    "export": export,
     "compare-masks": compare_masks,
     "report": report,
 }

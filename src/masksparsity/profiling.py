@@ -4,13 +4,16 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from .channels.groups import trace
-from .channels.trace import arguments
+from .channels.groups import ChannelGraph, trace
+from .channels.mask import KeepMask
+from .channels.surgery import prune
+from .channels.trace import arguments, evaluating, like
 
 
 class Profile(NamedTuple):
@@ -38,24 +41,10 @@ def profile(model: nn.Module, example_inputs: Any, runs: int = 20) -> Profile:
     graph = trace(model, example_inputs)
     cost, kept = graph.cost(), graph.counter.sizes
     args, kwargs = arguments(example_inputs)
-    modes = [(m, m.training) for m in model.modules()]
     on_cuda = any(t.is_cuda for t in model.parameters())
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
-    times = []
-    try:
-        model.eval()
-        with torch.inference_mode():
-            for k in range(-(runs // 4) - 1, runs):
-                begin = time.perf_counter()
-                model(*args, **kwargs)
-                if on_cuda:
-                    torch.cuda.synchronize()
-                if k >= 0:
-                    times.append(1e3 * (time.perf_counter() - begin))
-    finally:
-        for module, training in modes:
-            module.training = training
+    times = _times(model, args, kwargs, runs)
     low, _, high = statistics.quantiles(times, n=4)
     macs = graph.counter.macs_per_layer(kept).tolist()
     return Profile(
@@ -66,6 +55,33 @@ def profile(model: nn.Module, example_inputs: Any, runs: int = 20) -> Profile:
         _peak_memory_mb(on_cuda),
         tuple((layer.module, round(m)) for layer, m in zip(graph.layers, macs, strict=True)),
     )
+
+
+def _times(model: nn.Module, args: tuple, kwargs: dict, runs: int) -> list[float]:
+    """ms of each of `runs` forwards in eval mode, after a quarter as many to warm up."""
+    on_cuda = any(t.is_cuda for t in model.parameters())
+    times = []
+    with evaluating(model), torch.inference_mode():
+        for k in range(-(runs // 4) - 1, runs):
+            begin = time.perf_counter()
+            model(*args, **kwargs)
+            if on_cuda:
+                torch.cuda.synchronize()
+            if k >= 0:
+                times.append(1e3 * (time.perf_counter() - begin))
+    return times
+
+
+def latency(model: nn.Module, graph: ChannelGraph, runs: int = 20) -> Callable[[KeepMask], float]:
+    """A function from a mask to the measured latency in ms of what it leaves of `model`, on the
+    traced example; for `select.budget(..., pruned_latency=0.3, latency=ms.latency(model, graph))`.
+    """
+
+    def measure(keep: KeepMask) -> float:
+        args, kwargs = like(graph.example, model)
+        return statistics.median(_times(prune(model, graph, keep), args, kwargs, runs))
+
+    return measure
 
 
 def _peak_memory_mb(on_cuda: bool) -> float:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torchvision
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import masksparsity as ms
@@ -107,3 +107,16 @@ def test_mistakes_are_named(graph, resnet50):
         ms.KeepMask.from_norms(graph, {"bn9": torch.ones(3)})
     with pytest.raises(ms.MaskSparsityError, match="different models"):
         ms.KeepMask(graph).iou(ms.KeepMask(resnet50))
+
+
+@given(seeds=st.tuples(st.integers(0, 99), st.integers(0, 99)))
+@settings(max_examples=10, deadline=None)
+def test_prunings_in_a_row_compose(graph, seeds):
+    model, x = ms.models.create("resnet20").double().eval(), torch.randn(2, 3, 32, 32).double()
+    first = random_mask(graph, seeds[0], most=0.6)
+    slim = ms.prune(model, graph, first)
+    second = random_mask(ms.trace(slim, x), seeds[1], most=0.6)
+    at_once = ms.prune(model, graph, first.compose(second))
+    with torch.no_grad():
+        in_a_row = ms.prune(slim, second.graph, second)(x)
+        torch.testing.assert_close(at_once(x), in_a_row, rtol=0, atol=1e-12)

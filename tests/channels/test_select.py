@@ -126,3 +126,19 @@ def test_mistakes_are_named(bound):
         ms.select.budget(graph, scores)
     with pytest.raises(ms.MaskSparsityError, match="finite"):
         ms.select.fraction(graph, {**scores, "conv1": torch.full((16,), torch.nan)}, 0.5)
+
+
+def test_a_latency_budget_is_met_by_what_was_measured(bound):
+    """Here the clock is a count of kept channels: the search sees only the function."""
+    model, graph = bound
+    keep = ms.select.budget(
+        graph,
+        ms.scores.scale(model, graph),
+        pruned_latency=0.4,
+        latency=lambda m: float(m.units.sum()),
+    )
+    assert 0.6 - 1 / graph.units <= keep.units.float().mean() <= 0.6
+    with pytest.raises(ms.MaskSparsityError, match="latency="):
+        ms.select.budget(graph, ms.scores.scale(model, graph), pruned_latency=0.4)
+    measured = ms.latency(model, graph, runs=3)
+    assert measured(keep) > 0

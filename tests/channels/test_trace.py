@@ -118,9 +118,7 @@ def test_overwritten_view_is_protected():
 
 SLIPPERY = {
     "strided slice": lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1),
-    "shuffle": lambda x: x.unflatten(1, (2, x.shape[1] // 2)).transpose(1, 2).flatten(1, 2),
     "chunk": lambda x: torch.cat(x.chunk(2, 1)[::-1], 1),
-    "literal slice": lambda x: torch.cat([x[:, 4:], x[:, :4]], 1),
     "number from a width": lambda x: x / x.shape[1],
     "another way": lambda x: x if x.shape[1] == 8 else x.relu(),
     "literal size": lambda x: x.reshape(-1, 8, 8, 8),
@@ -141,12 +139,16 @@ def test_the_proof_refuses(operation):
         ms.prune(model, graph, keep)
 
 
-def test_equal_halves_pass_the_proof():
-    model = Net(SLIPPERY["shuffle"]).double().eval()
+def shuffle(x):
+    return x.unflatten(1, (2, x.shape[1] // 2)).transpose(1, 2).flatten(1, 2)
+
+
+def test_a_shuffle_ties_what_it_puts_side_by_side():
+    model = Net(shuffle).double().eval()
     x = X.double()
     graph = ms.trace(model, x)
     (group,) = graph.prunable
-    keep = ms.KeepMask(graph, {group.name: torch.arange(8) % 4 != 1})
+    keep = ms.KeepMask(graph, {group.name: torch.arange(4) != 1})
     masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
     with torch.no_grad():
         torch.testing.assert_close(slim(x), masked(x), rtol=0, atol=1e-12)

@@ -1,17 +1,33 @@
 """Which slices of which tensors live and die together."""
 
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from . import constraints as limits
 from . import rules as table
 from .cost import Cost, Counter, Layer, count
 from .errors import MaskSparsityError
-from .trace import Norm, Reason, Record, Rule, Slot, Tracer, arguments, batch_size, named_tensors
+from .trace import (
+    ANONYMOUS,
+    Cut,
+    Norm,
+    Reason,
+    Record,
+    Rule,
+    Slot,
+    Tracer,
+    arguments,
+    batch_size,
+    named_tensors,
+    unwrap,
+)
 
 if TYPE_CHECKING:
     from .mask import KeepMask
@@ -27,7 +43,7 @@ class Slice:
     """int64 [size, k]: the k positions along the axis that each unit of the group owns."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChannelGroup:
     """`size` channels of one pattern: each can go by itself, everywhere at once."""
 
@@ -78,6 +94,12 @@ class ChannelGraph:
     """Axes that a convolution or matrix product sums over."""
     behind: Mapping[str, str]
     """Weight -> running mean of the norm that alone reads what it makes."""
+    constraints: tuple[limits.Equal, ...]
+    """Pieces that must keep equal counts."""
+    cuts: tuple[Cut, ...]
+    """Where code takes axes apart, in units."""
+    training: bool
+    """Traced in train mode as well, since some parameters are used there only."""
     records: tuple[Record, ...]
     layers: tuple[Layer, ...]
     shapes: Mapping[str, torch.Size]
@@ -111,7 +133,7 @@ class ChannelGraph:
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model of another shape than the traced one, naming the first difference."""
-        shapes = {name: tensor.shape for name, tensor in named_tensors(model)}
+        shapes = {name: tensor.shape for name, tensor in named_tensors(unwrap(model))}
         for name in {**self.shapes, **shapes}:
             if shapes.get(name) != self.shapes.get(name):
                 raise MaskSparsityError(
@@ -155,16 +177,31 @@ def trace(
             `masksparsity.channels.rules`.
 
     Raises:
-        MaskSparsityError: if a name of `protect` is not in the model.
+        MaskSparsityError: if the model does not run on `example_inputs`, or a name of `protect` is
+            not in it.
 
-    The model, its mode and the random state stay as they were.
+    The model, its mode and the random state stay as they were. Inside DistributedDataParallel and
+    `torch.compile` the bare network is traced.
     """
     args, kwargs = arguments(example_inputs)
+    model = unwrap(model)
     tracer = Tracer(model, {**table.RULES, **(rules or {})})
-    tracer.run(model, args, kwargs)
+    try:
+        tracer.run(model, args, kwargs)
+    except RuntimeError as error:
+        raise MaskSparsityError(
+            f"the model does not run on example_inputs: {error} (in {tracer.failed or 'the model'})"
+        ) from error
+    if tracer.untouched():
+        tracer.run_training(model, args, kwargs)
     for name in protect:
         _protect(tracer, name)
-    return _solve(tracer, model, (args, kwargs), batch_size(args, kwargs))
+    solve = partial(_solve, tracer, model, (args, kwargs), batch_size(args, kwargs))
+    if not any(cut.pieces for cut in tracer.cuts):
+        return solve()
+    from .probe import protect_what_is_refused  # which prunes, and so imports this module
+
+    return protect_what_is_refused(tracer, model, solve)
 
 
 def _protect(tracer: Tracer, name: str) -> None:
@@ -179,17 +216,31 @@ def _protect(tracer: Tracer, name: str) -> None:
 
 
 def _solve(tracer: Tracer, model: nn.Module, example: Any, batch: int) -> ChannelGraph:
-    component = _components(tracer.count, tracer.edges)
-    shapes = {name: tensor.shape for name, tensor in named_tensors(model)}
+    component, met = _components(tracer.count, tracer.edges)
+    unknown = Reason("meets a tensor whose channels are unknown", "", "")
+    tracer.pins.append((met, unknown))
+    pieces = limits.equal_pieces(tracer.cuts, model)
+    limits.protect_pieces(tracer, pieces, component)
+    tensors = dict(named_tensors(model))
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     order = {name: k for k, name in enumerate(shapes)}
     slots = sorted(tracer.slots, key=lambda slot: (order[slot[0]], slot[1]))
-    owners = [component[tracer.slots[slot].reshape(-1)] for slot in slots]
-    reasons, verdict = _verdict(tracer, component, slots, owners)
 
-    # Every index of every labelled axis, in state-dict order: its component and its axis.
-    entries = torch.cat([torch.zeros(0, dtype=torch.int64), *owners])
-    slot_of = torch.repeat_interleave(
-        torch.arange(len(slots)), torch.tensor([len(o) for o in owners], dtype=torch.int64)
+    # Every index of every labelled axis, in state-dict order: its component and its axis. Axes that
+    # share one array of labels (the vectors of a norm, the weight behind it) are looked at once.
+    arrays = _Arrays()
+    array_of_slot = torch.tensor([arrays.add(tracer.slots[slot]) for slot in slots]).long()
+    sharing: list[list[int]] = [[] for _ in arrays.flat]
+    for k, array in enumerate(array_of_slot.tolist()):
+        sharing[array].append(k)
+    labelled = len(sharing)
+    entries = component[_cat(arrays.flat)]
+    array_of = torch.repeat_interleave(torch.arange(labelled), arrays.lengths())
+    consumed = torch.zeros(labelled, dtype=torch.bool)
+    consumed[array_of_slot[[k for k, slot in enumerate(slots) if slot in tracer.consumers]]] = True
+    swallowed = component[_cat(tracer.swallowed)]
+    reasons, verdict = _verdict(
+        tracer, component, torch.cat([entries[consumed[array_of]], swallowed])
     )
     # Components of one pattern own the same axes equally often: a random hash per axis, summed.
     hashes = torch.randint(
@@ -198,14 +249,22 @@ def _solve(tracer: Tracer, model: nn.Module, example: Any, batch: int) -> Channe
         (len(slots) + len(reasons) + 1,),
         generator=torch.Generator().manual_seed(0),
     )
-    pattern = hashes[len(slots) + 1 :][verdict] if reasons else torch.zeros_like(verdict)
+    pattern = hashes[len(slots) + 1 :][verdict]
     pattern = torch.where(verdict < 0, hashes[len(slots)], pattern)
-    pattern = pattern.index_add(0, entries, hashes[slot_of])
+    hash_of = torch.zeros_like(arrays.lengths()).index_add(0, array_of_slot, hashes[: len(slots)])
+    pattern = pattern.index_add(0, entries, hash_of[array_of])
     # They are numbered as their producers come in the state dict; those without one come last.
-    made = torch.tensor([slot in tracer.producers for slot in slots], dtype=torch.bool)[slot_of]
-    rank = torch.arange(len(entries)) + ~made * len(entries)
-    last = 2 * len(entries)
+    *begins, total = accumulate((len(tracer.slots[slot]) for slot in slots), initial=0)
+    begin = torch.tensor(begins).long()
+    begin[[slot not in tracer.producers for slot in slots]] += total
+    last = 2 * total
+    begin = torch.full((labelled,), last).scatter_reduce(0, array_of_slot, begin, "amin")
+    within = arrays.lengths().cumsum(0) - arrays.lengths()
+    rank = (begin - within)[array_of] + torch.arange(len(entries))
     first = torch.full((tracer.count,), last).scatter_reduce(0, entries, rank, "amin")
+    # What is only read, and from nowhere (the network's input), is no channel.
+    foreign = torch.zeros_like(component, dtype=torch.bool).index_fill_(0, component[met], True)
+    first[foreign & (first >= total)] = last
     first[component[0]] = last
     alive = (first < last).nonzero().squeeze(1)
     _, group = torch.unique(pattern[alive], return_inverse=True)
@@ -215,21 +274,27 @@ def _solve(tracer: Tracer, model: nn.Module, example: Any, batch: int) -> Channe
     unit = torch.full((tracer.count,), -1)
     unit[alive] = torch.arange(len(alive))
 
-    units: dict[Slot, Tensor] = {s: unit[o] for s, o in zip(slots, owners, strict=True)}
-    flat: dict[int, Tensor] = {}  # most operations hand labels on as they are: map each once
-
-    def units_of(ids: Tensor) -> Tensor:
-        if id(ids) not in flat:
-            flat[id(ids)] = unit[component[ids.reshape(-1)]]
-        return flat[id(ids)]
+    # Most operations hand labels on as they are: each array is mapped once, and all in one go.
+    seen = {id(ids): ids for record in tracer.records for ids in record.ids}
+    seen |= {id(ids): ids for p in tracer.products for ids in (p.outputs, p.inputs)}
+    array_of_ids = {key: arrays.add(ids) for key, ids in seen.items()}
+    mapped = unit[component[_cat(arrays.flat)]].split(arrays.lengths().tolist())
+    units = {slot: mapped[k] for slot, k in zip(slots, array_of_slot.tolist(), strict=True)}
+    units_of = {key: mapped[k] for key, k in array_of_ids.items()}
 
     _, sizes = torch.unique_consecutive(leader, return_counts=True)
+    belongs = torch.repeat_interleave(torch.arange(len(sizes)), sizes)  # unit -> group
+    owned = unit[entries]
+    pairs = (belongs[owned] * labelled + array_of)[owned >= 0]
+    parts: list[list[int]] = [[] for _ in sizes]
+    for pair in torch.bincount(pairs).nonzero().squeeze(1).tolist():
+        parts[pair // labelled] += sharing[pair % labelled]
     groups: list[ChannelGroup] = []
     taken: set[str] = set()
     start = 0
-    scales = _scales(tracer, units, sizes)
-    for k, size in enumerate(sizes.tolist()):
-        slot = slots[int(slot_of[leader[start] % len(entries)])]
+    scaled_by = {norm.weight: norm.module for norm in tracer.norms.values()}
+    for size, part in zip(sizes.tolist(), map(sorted, parts), strict=True):
+        slot = slots[bisect_right(begins, int(leader[start]) % total) - 1]
         why = int(verdict[alive[start]])
         groups.append(
             ChannelGroup(
@@ -239,11 +304,16 @@ def _solve(tracer: Tracer, model: nn.Module, example: Any, batch: int) -> Channe
                 size=size,
                 start=start,
                 reason=reasons[why] if why >= 0 else None,
-                scales=scales.get(k, ()),
-                slots=units,
+                scales=tuple(scaled_by[slots[k][0]] for k in part if slots[k][0] in scaled_by),
+                slots={slots[k]: units[slots[k]] for k in part},
             )
         )
         start += size
+
+    def to_units(ids: Tensor) -> Tensor:
+        return unit[component[ids.reshape(-1)]].view(ids.shape)
+
+    free = torch.cat([verdict[alive] < 0, torch.zeros(1, dtype=torch.bool)])
     return ChannelGraph(
         groups=tuple(groups),
         slots=units,
@@ -252,64 +322,92 @@ def _solve(tracer: Tracer, model: nn.Module, example: Any, batch: int) -> Channe
         exposed=frozenset(tracer.exposed & tracer.producers & tracer.slots.keys()),
         consumers=frozenset(tracer.consumers),
         behind={n: mean for n, mean in tracer.behind.items() if (n, 0) not in tracer.exposed},
-        records=tuple(r._replace(ids=tuple(map(units_of, r.ids))) for r in tracer.records),
+        constraints=limits.constraints(pieces, to_units, free),
+        cuts=tuple(
+            c._replace(whole=to_units(c.whole), pieces=tuple(map(to_units, c.pieces)))
+            for c in tracer.cuts
+        ),
+        training=tracer.trained,
+        records=tuple(
+            r._replace(ids=tuple(units_of[id(ids)] for ids in r.ids)) for r in tracer.records
+        ),
         layers=tuple(
-            Layer(p.module, p.factor / batch, units_of(p.outputs), units_of(p.inputs))
+            Layer(p.module, p.factor / batch, units_of[id(p.outputs)], units_of[id(p.inputs)])
             for p in tracer.products
         ),
         shapes=shapes,
-        parameters=frozenset(name for name, _ in model.named_parameters()),
+        parameters=frozenset(n for n, t in tensors.items() if isinstance(t, nn.Parameter)),
         example=example,
         rules=tracer.rules,
     )
 
 
-def _components(count: int, edges: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The smallest label that each label is connected with: int64 [count]."""
+def _components(count: int, edges: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The smallest label that each label is connected with: int64 [count]; and the labels that
+    meet anonymous ones, which connect nothing."""
     label = torch.arange(count)
     if not edges:
-        return label
+        return label, label[:0]
     pairs = [torch.broadcast_tensors(a, b) for a, b in edges]
     a = torch.cat([x.reshape(-1) for x, _ in pairs])
     b = torch.cat([y.reshape(-1) for _, y in pairs])
+    known = (a != ANONYMOUS) & (b != ANONYMOUS)
+    met = torch.maximum(a, b)[~known]
+    met = met[met != ANONYMOUS]
+    a, b = a[known], b[known]
     while True:
         # Hook the larger root of every edge on the smaller, then shorten all paths to their roots.
         x, y = label[a], label[b]
         apart = x != y
         if not apart.any():
-            return label
+            return label, met
         a, b, x, y = a[apart], b[apart], x[apart], y[apart]
         label.scatter_reduce_(0, torch.maximum(x, y), torch.minimum(x, y), "amin")
         while not torch.equal(label, shorter := label[label]):
             label = shorter
 
 
-def _verdict(
-    tracer: Tracer, component: Tensor, slots: list[Slot], owners: list[Tensor]
-) -> tuple[list[Reason], Tensor]:
+def _verdict(tracer: Tracer, component: Tensor, consumed: Tensor) -> tuple[list[Reason], Tensor]:
     """Why each component is protected: the reasons, and an index into them or -1."""
-    numbers: dict[Reason, int] = {}
-    unknown = Reason("meets a tensor whose channels are unknown", "", "")
     unread = Reason("no known operation consumes these channels", "", "")
-    verdict = torch.full_like(component, numbers.setdefault(unread, 0))
-    for slot, owner in zip(slots, owners, strict=True):
-        if slot in tracer.consumers:
-            verdict[owner] = -1
-    # Reversed, so that the first reason given is the one that stays.
-    for ids, reason in [(component[:1], unknown), *tracer.pins][::-1]:
-        verdict[component[ids.reshape(-1)]] = numbers.setdefault(reason, len(numbers))
-    return list(numbers), verdict
+    reasons = list(dict.fromkeys([*(reason for _, reason in tracer.pins), unread]))
+    number = {reason: k for k, reason in enumerate(reasons)}
+    pins = len(tracer.pins)
+    order = torch.repeat_interleave(
+        torch.arange(pins), torch.tensor([i.numel() for i, _ in tracer.pins], dtype=torch.int64)
+    )
+    where = component[_cat([ids for ids, _ in tracer.pins])]
+    # The first reason given is the one that stays.
+    first = torch.full_like(component, pins).scatter_reduce(0, where, order, "amin")
+    verdict = torch.tensor([number[r] for _, r in tracer.pins] + [number[unread]])[first]
+    read = torch.zeros_like(component, dtype=torch.bool)
+    read[consumed] = True
+    return reasons, verdict.masked_fill_((first == pins) & read, -1)
 
 
-def _scales(tracer: Tracer, units: dict[Slot, Tensor], sizes: Tensor) -> dict[int, tuple[str, ...]]:
-    """Group number -> names of the norms that scale its channels."""
-    group_of = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-    scales: dict[int, tuple[str, ...]] = {}
-    for norm in tracer.norms.values():
-        owned = units.get((norm.weight, 0), sizes[:0])
-        for k in group_of[owned[owned >= 0]].unique().tolist():
-            scales[k] = (*scales.get(k, ()), norm.module)
-    return scales
+class _Arrays:
+    """Flat arrays of labels, each once, whatever number of tensors share its memory."""
+
+    def __init__(self) -> None:
+        self.flat: list[Tensor] = []
+        self.numbers: dict[tuple[int, int, tuple[int, ...]], int] = {}
+
+    def add(self, ids: Tensor) -> int:
+        ids = ids.reshape(-1)
+        number = self.numbers.setdefault(
+            (ids.data_ptr(), ids.numel(), ids.stride()), len(self.flat)
+        )
+        if number == len(self.flat):
+            self.flat.append(ids)
+        return number
+
+    def lengths(self) -> Tensor:
+        return torch.tensor([ids.numel() for ids in self.flat], dtype=torch.int64)
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    """All elements of many small index tensors: one operation on them instead of one on each."""
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *(part.reshape(-1) for part in parts)])
 
 
 def _unique(name: str, taken: set[str]) -> str:

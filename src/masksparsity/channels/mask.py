@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from .constraints import repair
 from .errors import MaskSparsityError
 
 if TYPE_CHECKING:
@@ -121,6 +122,34 @@ class KeepMask:
             if group.scales:
                 chosen[group.name] = ~_TIES[tie](votes[:, span], group.name)
         return cls(graph, chosen)
+
+    def compose(self, later: "KeepMask") -> "KeepMask":
+        """One mask of this graph for two prunings in a row: this one, and `later`, a mask of the
+        graph that was traced from the slim model."""
+        units = self.units.clone()
+        for group in self.graph.groups:
+            kept = self[group.name].nonzero().squeeze(1) + group.start
+            again = later.graph.by_name.get(group.name)
+            if again is None:  # a single channel left is no group any more
+                continue
+            if again.size != len(kept):
+                raise MaskSparsityError(
+                    f"{group.name}: {len(kept)} channels stay here, the later mask is of a model "
+                    f"with {again.size}; compose with a mask of the slim model"
+                )
+            units[kept] = later[group.name]
+        return self._with(units)
+
+    def repaired(self, scores: Mapping[str, Tensor] | None = None) -> "KeepMask":
+        """The nearest mask that respects the graph's constraints: removed channels come back,
+        those of the highest score first, where a piece has to be as long as others."""
+        values = torch.zeros(self.graph.units)
+        for group in self.graph.groups:
+            if scores is not None and group.name in scores:
+                values[group.start : group.start + group.size] = scores[group.name].float()
+        mask = self._with(repair(self.graph.constraints, self.units, values))
+        mask.origin = dict(self.origin)
+        return mask
 
     def iou(self, other: "KeepMask") -> float:
         """Intersection over union of the pruned sets, counted per BatchNorm channel."""

@@ -122,8 +122,40 @@ def _index_select(x: Tensor, m: Labels, dim: int, index: Tensor) -> Labels:
     return m._replace(ids=m.ids.index_select(dim, index.to(m.ids.device)))
 
 
-def _shuffle(x: Tensor, m: Labels, groups: int) -> Labels:
-    return m._replace(ids=torch.channel_shuffle(m.ids, groups) if m.ids.shape[1] > 1 else m.ids)
+def _repeat(x: Tensor, m: Labels, times: Sequence[int]) -> Labels:
+    m = _expand(x, m, [1] * (len(times) - x.ndim) + list(x.shape))
+    return m._replace(ids=m.ids.repeat([n if a in m.axes else 1 for a, n in enumerate(times)]))
+
+
+def _roll(x: Tensor, m: Labels, shifts: Any, dims: Any = ()) -> Labels:
+    if not dims:  # over the flattened tensor
+        full = m.ids.expand(x.shape)
+        return m._replace(ids=torch.roll(full, shifts), axes=frozenset(range(x.ndim)))
+    return m._replace(ids=torch.roll(m.ids, shifts, dims))
+
+
+def _windows(x: Tensor, m: Labels, dim: int, size: int, step: int) -> Labels:
+    if dim % x.ndim in m.axes:
+        return m._replace(ids=m.ids.unfold(dim, size, step), axes=m.axes | {x.ndim})
+    return m._replace(ids=m.ids.unsqueeze(-1))
+
+
+def _pixel_shuffle(x: Tensor, m: Labels, factor: int) -> Labels:
+    axes = frozenset({x.ndim - 3, x.ndim - 2, x.ndim - 1})
+    if m.axes.isdisjoint(axes):
+        return m
+    full = m.ids.expand(*m.ids.shape[:-3], *x.shape[-3:])
+    return m._replace(ids=torch.pixel_shuffle(full, factor), axes=m.axes | axes)
+
+
+def _pixel_unshuffle(x: Tensor, m: Labels, factor: int) -> Labels:
+    if m.axes.isdisjoint({x.ndim - 2, x.ndim - 1}):
+        ids = m.ids.expand(*m.ids.shape[:-3], x.shape[-3], 1, 1) if x.ndim - 3 in m.axes else m.ids
+        channels = x.ndim - 3 in m.axes
+        return m._replace(ids=ids.repeat_interleave(factor**2, -3) if channels else ids)
+    full = m.ids.expand(*m.ids.shape[:-3], *x.shape[-3:])
+    axes = m.axes | {x.ndim - 3, x.ndim - 2, x.ndim - 1}
+    return m._replace(ids=torch.pixel_unshuffle(full, factor), axes=axes)
 
 
 def _movement(move: Callable[..., Any], alias: bool) -> Rule:
@@ -135,6 +167,9 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
         if not found and not hasattr(out, "_masksparsity_labels"):
             return
         named = {k: v for k, v in kwargs.items() if k in ("dim", "start", "end", "step", "index")}
+        if move in _CUTS and not t.given:
+            for m in found:
+                _CUTS[move](t, x, m, *rest, **named)
         moved = [move(x, m, *rest, **named) if move is not _same else m for m in found]
         for k, result in enumerate(out if isinstance(out, (tuple, list)) else [out]):
             t.set(result, [m[k] if isinstance(m, list) else m for m in moved])
@@ -145,7 +180,106 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
 def _reshape(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     x = args[0]
     t.viewed(x)
-    t.set(out, [_view(x, m, tuple(out.shape)) for m in t.labels(x)])
+    found = t.labels(x)
+    if found or hasattr(out, "_masksparsity_labels"):
+        new = tuple(out.shape)
+        for m in found:
+            _unflatten(t, x, m, new)
+        t.set(out, [_view(x, m, new) for m in found])
+
+
+# What Python has to do right with other widths than the traced ones. Where code takes pieces of an
+# axis, their lengths come from somewhere; where it puts positions of several pieces side by side,
+# these positions live and die together.
+
+
+def _rows(ids: Tensor, axis: int) -> Tensor:
+    return ids.movedim(axis, -1).reshape(-1, ids.shape[axis])
+
+
+def _cut_split(t: Tracer, x: Tensor, m: Labels, sizes: Any, dim: int = 0) -> None:
+    if dim % x.ndim in m.axes:
+        rows = _rows(m.ids, dim)
+        listed = isinstance(sizes, (list, tuple))
+        t.cut(rows, rows.split(sizes, 1), sizes if listed else ())
+
+
+def _cut_slice(
+    t: Tracer, x: Tensor, m: Labels, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> None:
+    if dim % x.ndim not in m.axes or step != 1:
+        return
+    length = x.shape[dim]
+    start, end, _ = slice(start, end).indices(length)
+    if end - start < length:
+        rows = _rows(m.ids, dim)
+        t.cut(rows, rows.split([start, end - start, length - end], 1), (start, end))
+
+
+def glu(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """The first half of an axis, gated by the second."""
+    x, dim = (*args, -1)[:2]
+    found = t.labels(x)
+    t.record(found)
+    t.expose(found)
+    result = []
+    for m in found:
+        ids = m.ids
+        if dim % x.ndim in m.axes:
+            ids, gate = ids.chunk(2, dim)
+            t.unite(ids, gate)
+        result.append(m._replace(ids=ids, sources=frozenset()))
+    t.set(out, result)
+
+
+RULES["glu"] = glu
+
+
+def _align(t: Tracer, x: Tensor, m: Labels, dims: Sequence[int]) -> None:
+    """Axes that change places: read in the new order, the pieces stand side by side."""
+    order = [d % x.ndim for d in dims if d % x.ndim in m.axes]
+    if order != sorted(order):
+        t.unite(m.ids, m.ids.narrow(min(order), 0, 1))
+
+
+def _align_two(t: Tracer, x: Tensor, m: Labels, a: int, b: int) -> None:
+    order = list(range(x.ndim))
+    order[a], order[b] = order[b], order[a]
+    _align(t, x, m, order)
+
+
+def _unflatten(t: Tracer, x: Tensor, m: Labels, new: tuple[int, ...]) -> None:
+    if t.given or tuple(x.shape) == new:
+        return
+    for olds, news in _runs(tuple(x.shape), new):
+        long = [a for a in news if new[a] > 1]
+        if len(long) > 1 and len([a for a in olds if x.shape[a] > 1]) == 1 and olds[0] in m.axes:
+            rows = _rows(m.ids, olds[0])
+            t.cut(rows, [rows.reshape(-1, new[long[-1]])], tuple(new[a] for a in long))
+
+
+_CUTS: dict[Any, Callable[..., None]] = {
+    _split: _cut_split,
+    _slice: _cut_slice,
+    _permute: _align,
+    _transpose: _align_two,
+}
+
+
+def shuffle(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """Channels in `groups` rows, read column by column."""
+    x, groups = args
+    result = []
+    for m in t.labels(x):
+        if 1 in m.axes:
+            rows = m.ids.movedim(1, 0).unflatten(0, (groups, -1))
+            t.unite(rows, rows[:1])
+            m = m._replace(ids=torch.channel_shuffle(m.ids, groups))
+        result.append(m)
+    t.set(out, result)
+
+
+RULES["channel_shuffle"] = RULES["native_channel_shuffle"] = shuffle
 
 
 RULES.update(
@@ -167,14 +301,57 @@ RULES["unbind"] = _movement(_unbind, True)
 RULES["expand"] = _movement(_expand, True)
 RULES["flip"] = _movement(_flip, False)
 RULES["index_select"] = _movement(_index_select, False)
-RULES["channel_shuffle"] = RULES["native_channel_shuffle"] = _movement(_shuffle, False)
+RULES["repeat"] = _movement(_repeat, False)
+RULES["roll"] = _movement(_roll, False)
+RULES["unfold"] = _movement(_windows, True)
+RULES["pixel_shuffle"] = _movement(_pixel_shuffle, False)
+RULES["pixel_unshuffle"] = _movement(_pixel_unshuffle, False)
 
 
 def cat(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
     # Torch lets a 1-D empty placeholder stand among the parts; it holds nothing.
     parts = [x for x in args[0] if x.ndim == out.ndim]
-    found = [t.labels(x) for x in parts]
+    _join(t, out, dim, [x.shape for x in parts], [t.labels(x) for x in parts])
+
+
+def stack(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    shape = torch.Size(1 if a == dim else n for a, n in enumerate(out.shape))
+    found = [tuple(_unsqueeze(x, m, dim) for m in t.labels(x)) for x in args[0]]
+    _join(t, out, dim, [shape] * len(found), found)
+
+
+def index(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """`x[:, i, j]` with integer tensors, along axes that hold no channels."""
+    x, indices = args[:2]
+    places = [k for k, i in enumerate(indices) if i is not None]
+    found = t.labels(x)
+    chosen = [m for i in indices if i is not None for m in t.labels(i)]
+    if not found and not chosen:
+        t.set(out, ())
+        return
+    whole = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+    if whole or chosen or places != list(range(places[0], places[-1] + 1)):
+        t.unknown(args, kwargs, out)
+        return
+    lost = [m for m in found if not m.axes.isdisjoint(places)]
+    t.expose(lost)
+    t.pin(lost, "channels are picked by an index")
+    first, more = places[0], out.ndim - x.ndim
+    result = []
+    for m in found:
+        if m.axes.isdisjoint(places):
+            ids = m.ids.flatten(first, places[-1]) if len(places) > 1 else m.ids
+            ids = ids.view(*ids.shape[:first], *[1] * (len(places) + more), *ids.shape[first + 1 :])
+            axes = frozenset(a + more if a > first else a for a in m.axes)
+            result.append(m._replace(ids=ids, axes=axes))
+    t.set(out, result)
+
+
+def _join(
+    t: Tracer, out: Tensor, dim: int, shapes: list[torch.Size], found: list[tuple[Labels, ...]]
+) -> None:
     labels = [m for ms in found for m in ms]
     if not labels:
         t.set(out, ())
@@ -188,9 +365,9 @@ def cat(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) 
     sources = frozenset().union(*(m.sources for m in labels))
     clean = all(m.clean for m in labels)
     whole = []
-    for x, ms in zip(parts, found, strict=True):
-        ids = ms[0].ids if ms else torch.full([1] * x.ndim, ANONYMOUS)
-        whole.append(ids.expand([n if a in axes else 1 for a, n in enumerate(x.shape)]))
+    for shape, ms in zip(shapes, found, strict=True):
+        ids = ms[0].ids if ms else torch.full([1] * len(shape), ANONYMOUS)
+        whole.append(ids.expand([n if a in axes else 1 for a, n in enumerate(shape)]))
     if dim in axes:
         ids = torch.cat(whole, dim)
     else:  # along space: the parts lie over one another, so their channels are one
@@ -215,5 +392,5 @@ def pad(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) 
     t.set(out, result)
 
 
-RULES["cat"] = cat
+RULES["cat"], RULES["stack"], RULES["index"] = cat, stack, index
 RULES["constant_pad_nd"] = pad

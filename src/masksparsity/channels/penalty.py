@@ -1,10 +1,12 @@
 """Drive channels to zero while training: one line in anybody's loop, `penalty.attach(optimizer)`.
 
-Each penalty costs a handful of `torch._foreach_*` calls a step, however many layers there are,
-reads nothing back to the host, and leaves skipped steps of a GradScaler skipped.
+Each penalty gathers the parameters it works on into one vector, so that a step costs a handful of
+operations and one `torch._foreach_*` call however many layers there are. It reads nothing back to
+the host, and leaves skipped steps of a GradScaler skipped.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,7 +16,42 @@ from torch.optim import Optimizer
 from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .mask import KeepMask
-from .trace import named_tensors
+from .trace import named_tensors, unwrap
+
+
+class _Vector:
+    """Parameters of one device and dtype, side by side: one operation on all of them is one."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], masked: Mapping[str, Tensor]):
+        self.names = list(tensors)
+        self.tensors = list(tensors.values())
+        self.sizes = [t.numel() for t in self.tensors]
+        self.masked = torch.cat([masked[n].expand_as(t).reshape(-1) for n, t in tensors.items()])
+        """1 where driven to zero, 0 elsewhere."""
+        self.values = torch.empty_like(self.masked)
+        self.out = torch.empty_like(self.masked)
+        """Where results go: `parts` are views of it, shaped like the parameters."""
+        self.parts = self.split(self.out)
+        self.runs: list[tuple[int, int]] = []
+        """(elements, group of the optimizer) of neighbours in one group."""
+
+    @torch.no_grad()
+    def gather(self) -> Tensor:
+        """What the parameters hold now, in memory that lasts: large allocations are slow."""
+        flat = [t if t.ndim == 1 else t.reshape(-1) for t in self.tensors]
+        return torch.cat(flat, out=self.values)
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        parts = vector.split(self.sizes)
+        return [part.view(t.shape) for part, t in zip(parts, self.tensors, strict=True)]
+
+    def times(self, vector: Tensor, optimizer: Optimizer, factor: Callable[[dict], Any]) -> Tensor:
+        """Each element times a factor of the optimizer's group that it belongs to."""
+        factors = [factor(optimizer.param_groups[group]) for _, group in self.runs]
+        if len(factors) == 1:
+            return vector * factors[0]
+        parts = vector.split([length for length, _ in self.runs])
+        return torch.cat([part * factor for part, factor in zip(parts, factors, strict=True)])
 
 
 class Penalty:
@@ -25,7 +62,7 @@ class Penalty:
     """Per parameter: 1 where it is driven to zero, 0 elsewhere; broadcasts to the parameter."""
 
     def __init__(self, model: nn.Module, slots: Mapping[tuple[str, int], Tensor]):
-        tensors = dict(named_tensors(model))
+        tensors = dict(named_tensors(unwrap(model)))
         self.tensors, self.masked = {}, {}
         for (name, axis), masked in slots.items():
             tensor = tensors[name]
@@ -41,6 +78,13 @@ class Penalty:
                 f"{frozen[0]} is frozen (requires_grad=False) but the mask wants it at zero; "
                 "unfreeze it, or keep its channels"
             )
+        kinds = {(t.device, t.dtype) for t in self.tensors.values()}
+        self.vectors = [
+            _Vector(
+                {n: t for n, t in self.tensors.items() if (t.device, t.dtype) == kind}, self.masked
+            )
+            for kind in sorted(kinds, key=str)
+        ]
         self._optimizer: Optimizer | None = None
         self._handles: list[Any] = []
 
@@ -48,14 +92,20 @@ class Penalty:
         """Act at every step of `optimizer` until `detach`. Schedulers, AMP, accumulation and DDP
         need nothing more."""
         self.detach()
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+            optimizer = inner  # Accelerate's wrapper takes no hooks
+        held = {id(p): k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
         for name, tensor in self.tensors.items():
             if id(tensor) not in held:
                 raise MaskSparsityError(f"the optimizer does not hold {name}; give it all of them")
+        for v in self.vectors:
+            runs = groupby(v.tensors, key=lambda t: held[id(t)])
+            v.runs = [(sum(t.numel() for t in run), group) for group, run in runs]
         self._optimizer = optimizer
         self._handles = [self._register(optimizer)]
 
     def detach(self) -> None:
+        """Act no more."""
         for handle in self._handles:
             handle.remove()
         self._optimizer, self._handles = None, []
@@ -76,6 +126,13 @@ class Penalty:
             raise MaskSparsityError("this state belongs to a penalty on another model or mask")
         for key, value in own.items():
             value.copy_(state[key])
+
+    def _named(self, what: str, vectors: list[Tensor]) -> dict[str, Tensor]:
+        return {
+            f"{what}.{name}": part
+            for v, vector in zip(self.vectors, vectors, strict=True)
+            for name, part in zip(v.names, v.split(vector), strict=True)
+        }
 
     def _skipped(self) -> Tensor | None:
         """1 where a fused optimizer skips this step because of an overflow (AMP)."""
@@ -129,34 +186,35 @@ class MaskedL1(Penalty):
             raise MaskSparsityError(f"kind={kind!r}: use 'l1', 'l2' or 'smooth_l1'")
         super().__init__(model, _scale_slots(model, graph, keep, shifts=False))
         self.kind, self.strength = kind, strength
-        self.weights = {name: strength * masked for name, masked in self.masked.items()}
+        self.weights = [strength * v.masked for v in self.vectors]
 
     def _register(self, optimizer: Optimizer) -> Any:
         return optimizer.register_step_pre_hook(lambda *_: self.apply())
 
     @torch.no_grad()
     def apply(self) -> None:
-        names = [name for name, tensor in self.tensors.items() if tensor.grad is not None]
-        if not names:
-            return
-        scales = [self.tensors[name] for name in names]
-        if self.kind == "l1":
-            direction = list(torch._foreach_sign(scales))
-        elif self.kind == "l2":
-            direction = [s.clone() for s in scales]
-        else:
-            if self._optimizer is None:
-                raise MaskSparsityError("smooth_l1 needs the learning rate: use attach(optimizer)")
-            rates = _rates(self._optimizer)
-            direction = [
-                (s / (rates[id(s)][0] * self.strength)).nan_to_num_(0).clamp_(-1, 1) for s in scales
-            ]
-        torch._foreach_mul_(direction, [self.weights[name] for name in names])
         # A fused optimizer is handed gradients that are still scaled.
-        factor = getattr(self._optimizer, "grad_scale", None)
-        if factor is not None:
-            torch._foreach_mul_(direction, factor)
-        torch._foreach_add_([s.grad for s in scales if s.grad is not None], direction)
+        scaled = getattr(self._optimizer, "grad_scale", None)
+        for v, weights in zip(self.vectors, self.weights, strict=True):
+            torch.mul(self._direction(v), weights, out=v.out)
+            if scaled is not None:
+                v.out.mul_(scaled)
+            grads = [(t.grad, d) for t, d in zip(v.tensors, v.parts, strict=True)]
+            there = [(g, d) for g, d in grads if g is not None]
+            if there:
+                torch._foreach_add_(*map(list, zip(*there, strict=True)))
+
+    def _direction(self, v: _Vector) -> Tensor:
+        scales = v.gather()
+        if self.kind == "l1":
+            return scales.sign_()
+        if self.kind == "l2":
+            return scales
+        if self._optimizer is None:
+            raise MaskSparsityError("smooth_l1 needs the learning rate: use attach(optimizer)")
+        width = torch.full_like(scales, self.strength)
+        scales /= v.times(width, self._optimizer, lambda group: group["lr"])
+        return scales.nan_to_num_(0).clamp_(-1, 1)
 
 
 class Proximal(Penalty):
@@ -173,37 +231,31 @@ class Proximal(Penalty):
     ):
         super().__init__(model, _scale_slots(model, graph, keep, shifts=True))
         self.strength = strength
-        self.alive = {name: torch.ones_like(tensor) for name, tensor in self.tensors.items()}
+        # In units of the threshold: 0 free, 1 driven to zero, and out of reach once it got there.
+        self.pull = [v.masked.clone() for v in self.vectors]
 
     @torch.no_grad()
     def apply(self) -> None:
         if self._optimizer is None:
             raise MaskSparsityError("Proximal needs the learning rate: use attach(optimizer)")
-        tensors, alive = list(self.tensors.values()), list(self.alive.values())
-        rates = _rates(self._optimizer)
         skipped = self._skipped()
-        steps = []
-        for tensor in tensors:
-            lr, momentum = rates[id(tensor)]
-            step = lr * (self.strength / (1 - momentum))
-            steps.append(step if skipped is None else step * (1 - skipped))
-        reach = (
-            torch._foreach_mul(list(self.masked.values()), steps)
-            if not isinstance(steps[0], Tensor)
-            else [m * s for m, s in zip(self.masked.values(), steps, strict=True)]
-        )
-        pull = torch._foreach_minimum(tensors, reach)
-        torch._foreach_neg_(reach)
-        torch._foreach_maximum_(pull, reach)
-        torch._foreach_sub_(tensors, pull)
-        torch._foreach_mul_(tensors, alive)
-        # Zero after the threshold and masked: no more alive. (Kept ones are not counted.)
-        nonzero = torch._foreach_abs(torch._foreach_sign(tensors))
-        torch._foreach_maximum_(nonzero, [1 - m for m in self.masked.values()])
-        torch._foreach_mul_(alive, nonzero)
+        for v, pull in zip(self.vectors, self.pull, strict=True):
+            values, reach = v.gather(), v.times(pull, self._optimizer, self._reach)
+            if skipped is not None:
+                reach *= 1 - skipped
+            torch.clamp(values, -reach, reach, out=v.out)
+            torch.sub(values, v.out, out=v.out)
+            torch._foreach_copy_(v.tensors, v.parts)
+            # Finite, so that a learning rate of zero takes it to zero. (Comparisons would be slow.)
+            far = torch.finfo(pull.dtype).max / 2
+            arrived = (1 - v.out.sign().abs_()).mul_(v.masked)
+            torch.maximum(pull, arrived.mul_(far), out=pull)
+
+    def _reach(self, group: dict) -> Any:
+        return group["lr"] * (self.strength / (1 - group.get("momentum", 0.0)))
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {f"alive.{name}": value for name, value in self.alive.items()}
+        return self._named("pull", self.pull)
 
 
 class ScheduledDecay(Penalty):
@@ -221,53 +273,44 @@ class ScheduledDecay(Penalty):
         slots = {slot: ~keep.slot(*slot) for slot in graph.exposed if slot[0] in graph.parameters}
         super().__init__(model, dict(sorted(slots.items())))
         self.steps = steps
-        self.start = {
-            name: tensor.detach().abs() * self.masked[name] for name, tensor in self.tensors.items()
-        }
+        self.start = [v.gather().abs() * v.masked for v in self.vectors]
         # Where nothing is masked the cap is infinite.
-        self.free = {
-            name: torch.zeros_like(m).masked_fill_(m == 0, torch.inf)
-            for name, m in self.masked.items()
-        }
-        device = next(iter(self.tensors.values())).device if self.tensors else None
-        self.step = torch.zeros((), device=device)
+        self.free = [torch.zeros_like(m).masked_fill_(m == 0, torch.inf)
+                     for m in (v.masked for v in self.vectors)]  # fmt: skip
+        self.step = torch.zeros((), device=self.vectors[0].masked.device if self.vectors else None)
+        self._moments: tuple[Any, list[Tensor], list[Tensor]] | None = None
 
     @torch.no_grad()
     def apply(self) -> None:
-        if not self.tensors:
-            return
         skipped = self._skipped()
         self.step += 1 if skipped is None else (1 - skipped).reshape(())
         share = (1 - self.step / self.steps).clamp_(min=0)
-        tensors = list(self.tensors.values())
-        cap = torch._foreach_mul(list(self.start.values()), share)
-        torch._foreach_add_(cap, list(self.free.values()))
-        torch._foreach_minimum_(tensors, cap)
-        torch._foreach_neg_(cap)
-        torch._foreach_maximum_(tensors, cap)
-        self._clear_momentum(share)
+        for v, start, free in zip(self.vectors, self.start, self.free, strict=True):
+            cap = start * share + free
+            torch.clamp(v.gather(), -cap, cap, out=v.out)
+            torch._foreach_copy_(v.tensors, v.parts)
+        if self._optimizer is not None:
+            self._clear_momentum(self._optimizer, share)
 
-    def _clear_momentum(self, share: Tensor) -> None:
-        if self._optimizer is None:
-            return
-        moments, masks = [], []
-        for name, tensor in self.tensors.items():
-            for value in self._optimizer.state[tensor].values():
-                if isinstance(value, Tensor) and value.shape == tensor.shape:
-                    moments.append(value)
-                    masks.append(self.masked[name])
-        if moments:  # x -= x * masked * (share == 0)
-            gone = torch._foreach_mul(masks, (share == 0).to(masks[0].dtype))
-            torch._foreach_addcmul_(moments, moments, gone, value=-1)
+    def _clear_momentum(self, optimizer: Optimizer, share: Tensor) -> None:
+        for v in self.vectors:  # 1 where momentum stays
+            torch.sub(1, v.masked * (share == 0), out=v.out)
+        # The lists last until the optimizer loads another state.
+        if self._moments is None or self._moments[0] is not optimizer.state:
+            found = [
+                (value, part, tensor)
+                for v in self.vectors
+                for tensor, part in zip(v.tensors, v.parts, strict=True)
+                for value in optimizer.state.get(tensor, {}).values()
+                if isinstance(value, Tensor) and value.shape == tensor.shape
+            ]
+            moments, stays = [m for m, _, _ in found], [s for _, s, _ in found]
+            if len({id(tensor) for *_, tensor in found}) == len(self.tensors):
+                self._moments = (optimizer.state, moments, stays)
+        else:
+            _, moments, stays = self._moments
+        if moments:
+            torch._foreach_mul_(moments, stays)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"step": self.step, **{f"start.{n}": value for n, value in self.start.items()}}
-
-
-def _rates(optimizer: Optimizer) -> dict[int, tuple[Any, float]]:
-    """id of a parameter -> (learning rate, momentum)."""
-    return {
-        id(p): (group["lr"], group.get("momentum", 0.0))
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
+        return {"step": self.step, **self._named("start", self.start)}

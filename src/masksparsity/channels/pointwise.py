@@ -19,9 +19,11 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
         tensors = [a for a in args if isinstance(a, Tensor)]
         found = [t.labels(x) for x in tensors]
         labels = [m for ms in found for m in ms]
+        out = out[0] if isinstance(out, tuple) else out
         if not labels:
             if inplace:
                 t.set(out, ())
+            t.blank(out, bool(tensors) and all(map(t.is_blank, tensors)))
             return
         t.record(labels, [a for a in args if isinstance(a, (int, float))])
         t.expose(labels)
@@ -65,7 +67,11 @@ def _merge(
     for ids, axes, clean in merged:
         for index, x in enumerate(tensors):
             shift = out.ndim - x.ndim
-            if index not in clean and any(a >= shift and x.shape[a - shift] > 1 for a in axes):
+            if (
+                index not in clean
+                and any(a >= shift and x.shape[a - shift] > 1 for a in axes)
+                and not t.is_blank(x)
+            ):
                 t.pin(ids, "meets a tensor whose channels are unknown")
         flags, index = [], 0
         for a in args:
@@ -104,15 +110,44 @@ def _power(flags: list[bool], args: Any) -> bool:
     return flags[0] and isinstance(args[1], (int, float)) and args[1] > 0
 
 
+def _threshold(flags: list[bool], args: Any) -> bool:
+    return flags[0] and (args[1] < 0 or args[2] == 0)
+
+
+def _clamp_max(flags: list[bool], args: Any) -> bool:
+    return _clamp(flags, (args[0], None, args[1]))
+
+
+def _choice(flags: list[bool], args: Any) -> bool:
+    return len(flags) == 3 and flags[1] and flags[2]
+
+
+def _filling(flags: list[bool], args: Any) -> bool:
+    return len(flags) == 3 and flags[0] and flags[2]
+
+
+def _plus_product(flags: list[bool], args: Any) -> bool:
+    return len(flags) == 3 and flags[0] and (flags[1] or flags[2])
+
+
+def _plus_quotient(flags: list[bool], args: Any) -> bool:
+    return len(flags) == 3 and flags[0] and flags[1] and not flags[2]
+
+
+def _between(flags: list[bool], args: Any) -> bool:
+    return len(flags) > 1 and flags[0] and flags[1]
+
+
 def _divide(flags: list[bool], args: Any) -> bool:
     return flags[0] and not any(flags[1:])  # 0 / 0 is not zero
 
 
 ZERO_AT_ZERO = """relu relu6 silu gelu mish tanh hardswish leaky_relu elu selu celu hardshrink softshrink abs
 neg positive sign sqrt square erf floor round ceil trunc expm1 log1p asin atan sin sinh
-asinh tan nan_to_num native_dropout dropout _prelu_kernel prelu remainder fmod"""
+asinh tan frac sgn nan_to_num native_dropout dropout _prelu_kernel prelu remainder fmod"""
 NOT_ZERO_AT_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp exp2 cos cosh acos log log2 log10 rsqrt
-reciprocal rsub eq ne ge le gt lt logical_not"""
+reciprocal rsub eq ne ge le gt lt logical_not isnan isfinite isinf bitwise_and bitwise_or bitwise_not
+atan2 lgamma digamma"""
 
 RULES: dict[str, Rule] = {}
 RULES.update(dict.fromkeys(ZERO_AT_ZERO.split(), pointwise(_first)))
@@ -122,4 +157,11 @@ RULES.update(dict.fromkeys(("clamp", "hardtanh", "clamp_min"), pointwise(_clamp)
 RULES["mul"] = pointwise(lambda flags, args: any(flags))
 RULES["div"] = pointwise(_divide)
 RULES["pow"] = pointwise(_power)
+RULES["threshold"] = pointwise(_threshold)
+RULES["clamp_max"] = pointwise(_clamp_max)
+RULES["where"] = pointwise(_choice)
+RULES["masked_fill"] = pointwise(_filling)
+RULES["addcmul"] = pointwise(_plus_product)
+RULES["addcdiv"] = pointwise(_plus_quotient)
+RULES["lerp"] = pointwise(_between)
 RULES["copy"] = pointwise(lambda flags, args: flags[1])

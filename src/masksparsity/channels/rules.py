@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from . import movement, pointwise
+from . import movement, pointwise, space
 from .trace import Labels, Norm, Product, Rule, Tracer
 
-RULES: dict[str, Rule] = {**movement.RULES, **pointwise.RULES}
+RULES: dict[str, Rule] = {**movement.RULES, **pointwise.RULES, **space.RULES}
 
 
 def rule(*operations: str) -> Callable[[Rule], Rule]:
@@ -34,20 +34,22 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
     into, outof = (0, 1) if transposed else (1, 0)
     _only_along(t, x, 1)
     ids, seen = t.consume(x, 1)
-    t.record([seen] if seen else [])
+    t.record([seen] if seen else [], [args[3:8]])
     if transposed:
         t.meet(weight, into, ids)  # [I, O/g, ...]: each index of the input axis is one channel
-        per_group, sources = t.out_ids(weight, outof)
+        per_group, sources, clean = t.out_ids(weight, outof)
         outputs = per_group.repeat(groups)
         _tie_groups(t, ids, groups)
     else:
-        outputs, sources = t.out_ids(weight, outof)
+        outputs, sources, clean = t.out_ids(weight, outof)
         if weight.shape[1] == 1 and groups > 1:  # depthwise: an input owns its outputs
             t.unite(outputs.view(groups, -1), ids.view(groups, 1))
         else:
             t.meet(weight, into, ids.view(groups, -1)[0])
             _tie_groups(t, ids, groups)
             _tie_groups(t, outputs, groups)
+    if groups > 1:
+        t.cut(ids.view(1, -1), ())
     t.consumers |= t.in_slots(weight, into)
     if bias is not None:
         t.meet(bias, 0, outputs)
@@ -59,7 +61,7 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
     inputs = ids.view(groups, -1)[0] if weight.shape[1] > 1 or groups == 1 else ids[:1] * 0
     t.products.append(Product(t.module, positions, outputs, inputs))
     # A lone or unknown channel is no channel: it may be broadcast over others.
-    labels = [_channel_axis(outputs, out.ndim, True, sources)] if outputs.any() else []
+    labels = [_channel_axis(outputs, out.ndim, clean, sources)] if outputs.any() else []
     t.set(out, labels)
 
 
@@ -97,23 +99,66 @@ def _matmul(
     t: Tracer, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, into: int = -2
 ) -> None:
     """`a` [..., n, k] times `b` [..., k, m] ([m, k] for linear, where `into` is 1)."""
-    ids, seen = t.consume(a, -1)
-    rows = [m for m in t.labels(a) if a.ndim - 1 not in m.axes]
-    t.record([seen, *rows] if seen else rows)
     into, outof = into % b.ndim, (b.ndim - 1 if into == -2 else 0)
+    # A term is zero if either factor is; the weights of a removed input are not.
+    partner = [m for m in t.labels(b) if into in m.axes and m.clean and m.sources <= t.producers]
+    ids, seen = t.read(a, -1) if len(partner) == 1 else t.consume(a, -1)
+    if seen is not None and len(partner) == 1:
+        t.swallow(seen if seen.clean else partner[0])
+    rows = [m for m in t.labels(a) if a.ndim - 1 not in m.axes]
+    batch = [m for m in t.labels(b) if not m.axes & {into, outof}] if b.ndim > 2 else []
+    t.record([*([seen] if seen else []), *rows, *batch])
     t.meet(b, into, ids)
-    t.expose(m for m in t.labels(b) if into in m.axes)
+    t.expose([*rows, *batch, *(m for m in t.labels(b) if into in m.axes)])
     t.consumers |= t.in_slots(b, into)
-    outputs, sources = t.out_ids(b, outof)
+    outputs, sources, clean = t.out_ids(b, outof)
     if bias is not None:
         t.meet(bias, 0, outputs)
         sources |= t.in_slots(bias, 0)
         t.pin(rows, "a bias is added to every row")
-    t.producers |= sources
+    t.producers |= sources.union(*(m.sources for m in rows))
     t.products.append(Product(t.module, out.numel() / out.shape[-1], outputs, ids))
     last = out.ndim - 1
-    columns = Labels(outputs.view([1] * last + [-1]), frozenset({last}), True, sources)
+    columns = Labels(outputs.view([1] * last + [-1]), frozenset({last}), clean, sources)
+    for m in batch:
+        for k, other in enumerate(rows):
+            if other.axes & m.axes:
+                t.unite(m.ids, other.ids)
+                rows[k] = other._replace(clean=other.clean or m.clean)
+                break
+        else:
+            rows.append(m._replace(sources=frozenset()))
     t.set(out, [*rows, columns] if outputs.any() else rows)
+
+
+@rule(
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
+def attention(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
+    """Queries, keys and values [batch, heads, tokens, width]."""
+    scale, last = kwargs.get("scale"), 3
+    found = [t.labels(x) for x in args[:3]]
+    everything = [m for ms in found for m in ms]
+    t.record(everything, [scale, args[0].shape[1]])
+    t.expose(everything)
+    t.pin([m for m in everything if last not in m.axes or 2 in m.axes], "no channels of attention")
+    queries, keys, values = ([m for m in ms if last in m.axes] for ms in found)
+    if len(queries) != 1 or len(keys) != 1 or args[0].shape[1] != args[1].shape[1]:
+        t.pin([*queries, *keys], "meets a tensor whose channels are unknown")
+    else:
+        t.unite(queries[0].ids, keys[0].ids)
+        t.swallow(queries[0] if queries[0].clean else keys[0])
+        if scale is None:
+            t.pin(queries, "attention divides by the width")
+    t.set(_first(out), [m._replace(sources=frozenset()) for m in values])
+
+
+def _first(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
 
 
 def _channel_axis(ids: Tensor, ndim: int, clean: bool, sources: frozenset) -> Labels:
@@ -143,7 +188,12 @@ def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
     if seen is None:
         t.set(out[0], ())
         return
-    sources = frozenset().union(*(t.in_slots(v, 0) for v in (weight, bias) if v is not None))
+    if weight is not None:
+        sources = frozenset().union(*(t.in_slots(v, 0) for v in (weight, bias) if v is not None))
+        clean = True
+    else:  # with its own statistics, what is zero everywhere stays zero
+        sources, clean = seen.sources, seen.clean and statistics[0] is None
+        t.expose([seen])
     t.producers |= sources
     name = t.names.get(id(weight))
     if name is not None:
@@ -151,62 +201,73 @@ def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
     makers = [n for n, _ in seen.sources if (n, 1) in t.consumers]
     if len(makers) == 1 and statistics[0] is not None and id(statistics[0]) in t.names:
         t.behind[makers[0]] = t.names[id(statistics[0])]
-    t.set(out[0], [_channel_axis(ids, x.ndim, weight is not None, sources)])
+    t.set(out[0], [_channel_axis(ids, x.ndim, clean, sources)])
 
 
-# Space: channels pass through ---------------------------------------------------------------------
-
-
-def _spatial(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
-    """Pooling and resizing: each channel by itself, and zero stays zero."""
-    x, result = args[0], out[0] if isinstance(out, tuple) else out
+@rule("native_group_norm")
+def group_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
+    """Whole groups go: each has its own statistics."""
+    x, weight, bias, *_, groups, eps = args
     _only_along(t, x, 1)
-    ids, m = t.read(x, 1)
-    if m is None:
-        t.set(result, ())
+    ids, seen = t.read(x, 1)
+    t.record([seen] if seen else [], [x.shape[1] // groups, eps])
+    for tensor in (weight, bias):
+        t.meet(tensor, 0, ids)
+    if seen is None:
+        t.set(out[0], ())
         return
-    t.record([m])
-    t.expose([m])
-    t.set(result, [_channel_axis(ids, result.ndim, m.clean, frozenset())])
+    t.expose([seen])
+    rows = ids.view(groups, -1)
+    if groups == 1:
+        t.pin(ids, "normalised over all channels")
+    t.unite(rows, rows[:, :1])
+    sources, clean = seen.sources, seen.clean
+    if weight is not None:
+        sources = frozenset().union(*(t.in_slots(v, 0) for v in (weight, bias) if v is not None))
+        clean = True
+    t.producers |= sources
+    t.set(out[0], [_channel_axis(ids, x.ndim, clean, sources)])
 
 
-SPATIAL = """max_pool2d_with_indices max_pool3d_with_indices max_pool2d max_pool1d avg_pool1d avg_pool2d
-avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d
-upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d
-_upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
-_upsample_bilinear2d_aa _upsample_bicubic2d_aa mkldnn_max_pool2d"""
-RULES.update(dict.fromkeys(SPATIAL.split(), _spatial))
-
-
-@rule("mean", "sum", "amax", "amin")
-def reduce(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
-    x, dims, keepdim = (*args, *([None, False][len(args) - 1 :]))[:3]
-    dims = kwargs.get("dim", dims)
-    dims = (
-        range(x.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
-    )
-    reduced = {d % x.ndim for d in dims}
-    keepdim = kwargs.get("keepdim", keepdim)
+@rule("native_layer_norm", "_fused_rms_norm")
+def layer_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
+    """Channels that it normalises over are protected; others pass, each by itself."""
+    x, shape, weight, bias = (*args, None, None)[:4]
+    bias = bias if isinstance(bias, Tensor) else None
+    first = x.ndim - len(shape)
     found = t.labels(x)
     t.record(found)
     t.expose(found)
     result = []
     for m in found:
-        if m.axes & reduced:
-            t.pin(m.ids, "reduced over channels")
-        elif keepdim:
-            result.append(m._replace(sources=frozenset()))
-        else:
-            axes = frozenset(a - sum(d < a for d in reduced) for a in m.axes)
-            result.append(Labels(m.ids.squeeze(tuple(reduced)), axes, m.clean))
-    t.set(out, result)
+        if all(a < first for a in m.axes):
+            result.append(m._replace(clean=m.clean and bias is None, sources=frozenset()))
+            continue
+        t.pin(m.ids, "normalised over channels")
+        result.append(m._replace(clean=False, sources=frozenset()))
+        for tensor in (weight, bias):
+            if tensor is not None and m.axes == {x.ndim - 1} and tensor.ndim == 1:
+                t.meet(tensor, 0, m.ids.reshape(-1))
+    t.set(_first(out), result)
 
 
-# Neither read nor write values: nothing to say about channels
-def _nothing(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
-    pass
+@rule("max", "min")
+def extremum(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
+    """Of two tensors, or of one along some axis."""
+    two = len(args) > 1 and isinstance(args[1], Tensor)
+    RULES["maximum" if two else "amax"](t, op, args, kwargs, out, inplace)
 
 
-_BLANK = """empty empty_like new_empty empty_strided zeros_like ones_like full_like new_zeros new_full
-new_ones rand_like randn_like"""
-RULES.update(dict.fromkeys(_BLANK.split(), _nothing))
+@rule("_weight_norm_interface")
+def weight_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
+    """Each filter is scaled to a length of its own: what it reads counts into that length."""
+    direction, length, axis = (*args, 0)[:3]
+    found = t.labels(direction)
+    t.record([*found, *t.labels(length)])
+    t.pin([m for m in found if m.axes != {axis}], "counts into the length of a filter")
+    ids = t.read(direction, axis)[0]
+    t.meet(length, axis, ids)
+    sources = t.in_slots(length, axis)
+    along = [-1 if a == axis else 1 for a in range(direction.ndim)]
+    passing = [m._replace(clean=False) for m in found if m.axes != {axis}]
+    t.set(out[0], [*passing, Labels(ids.view(along), frozenset({axis}), True, sources)])

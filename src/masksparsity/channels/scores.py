@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .errors import MaskSparsityError
 from .groups import ChannelGraph
+from .trace import unwrap
 
 Scores = dict[str, Tensor]
 
@@ -85,4 +86,4 @@ def _collect(graph: ChannelGraph, parts: dict[tuple[str, int], Tensor], reduce: 
 
 def _tensors(model: nn.Module, graph: ChannelGraph) -> dict[str, Tensor]:
     graph.check(model)
-    return dict(model.named_parameters())
+    return dict(unwrap(model).named_parameters())

@@ -63,7 +63,7 @@ class _Ranking:
             kept[group.name] = self.order[group.name] < min(
                 group.size, math.ceil(n / self.round_to) * self.round_to
             )
-        return KeepMask(self.graph, kept)
+        return KeepMask(self.graph, kept).repaired(self.scores)
 
 
 def threshold(
@@ -139,11 +139,17 @@ def budget(
     *,
     pruned_macs: float | None = None,
     pruned_params: float | None = None,
+    pruned_latency: float | None = None,
+    latency: Callable[[KeepMask], float] | None = None,
     min_keep: int = 1,
     round_to: int = 1,
     ignore: tuple[str, ...] = (),
 ) -> KeepMask:
-    """The lowest scores of the whole network go until this share of the MACs (or parameters) does.
+    """The lowest scores of the whole network go until this share of the cost does.
+
+    One of `pruned_macs`, `pruned_params` and `pruned_latency` is the budget, a share of the dense
+    network's; the last goes with `latency`, a function that measures what a mask leaves, such as
+    `masksparsity.latency(model, graph)`.
 
     The nested masks along the global order of scores are searched by bisection for the first that
     meets the budget, so the cost is within one channel (or one step of `round_to`) of it.
@@ -151,17 +157,27 @@ def budget(
     Raises:
         MaskSparsityError: if the budget cannot be met, saying how far one can get.
     """
-    if (pruned_macs is None) == (pruned_params is None):
-        raise MaskSparsityError("give one budget: pruned_macs or pruned_params")
-    what, share = ("macs", pruned_macs) if pruned_params is None else ("params", pruned_params)
-    assert share is not None
+    costs: dict[str, tuple[float | None, Callable[[KeepMask], float] | None]] = {
+        "macs": (pruned_macs, lambda mask: graph.cost(mask).macs),
+        "params": (pruned_params, lambda mask: graph.cost(mask).params),
+        "latency": (pruned_latency, latency),
+    }
+    asked = {what: (share, cost) for what, (share, cost) in costs.items() if share is not None}
+    if len(asked) != 1:
+        raise MaskSparsityError(
+            "give one budget: pruned_macs, pruned_params, or pruned_latency with latency"
+        )
+    ((what, (share, cost)),) = asked.items()
+    if cost is None or share is None:
+        raise MaskSparsityError("pruned_latency needs latency=, a function that measures a mask")
+    measure = cost
     _share(f"pruned_{what}", share)
     ranking = _Ranking(graph, scores, min_keep, round_to, ignore)
-    dense = getattr(graph.cost(), what)
+    dense = measure(KeepMask(graph))
     masks, units = _nested(ranking)
 
     def removed(mask: KeepMask) -> float:
-        return 1 - getattr(graph.cost(mask), what) / max(1, dense)
+        return 1 - measure(mask) / max(dense, 1e-12)
 
     most = removed(masks(units))
     kept = _smallest(

@@ -6,12 +6,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from . import constraints as limits
 from .absorb import absorb as hand_over
 from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .mask import KeepMask
-from .trace import named_tensors
+from .trace import evaluating, like, named_tensors, unwrap
 from .verify import prove
 
 
@@ -19,7 +21,7 @@ def apply_mask(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> nn.Modu
     """A copy of `model` in which the removed channels are zero wherever they are produced: in
     filters, biases, scales and shifts. It computes what the slim model computes."""
     graph.check(model)
-    masked = copy.deepcopy(model)
+    masked = copy.deepcopy(unwrap(model))
     tensors = dict(named_tensors(masked))
     with torch.no_grad():
         for name, axis in graph.producers:
@@ -37,7 +39,8 @@ def prune(
     optimizer: torch.optim.Optimizer | None = None,
     absorb: Literal["exact", "bias"] | None = None,
 ) -> nn.Module:
-    """A new, physically smaller model that computes what `apply_mask` computes, proved.
+    """A new, physically smaller model that computes what `apply_mask` computes, proved. It is bare:
+    a model that was in DistributedDataParallel or `torch.compile` has to be wrapped again.
 
     Args:
         optimizer: changed in place to hold the slim model's parameters; its state (momentum,
@@ -51,12 +54,14 @@ def prune(
             same channels as before. Nothing has changed then.
     """
     graph.check(model)
+    model = unwrap(model)
     for group, kept in zip(graph.groups, keep.kept.tolist(), strict=True):
         if kept == 0:
             raise MaskSparsityError(
                 f"the mask removes all {group.size} channels of {group.name}; keep at least one "
                 "(selectors: min_keep=1)"
             )
+    limits.check(graph, keep.units)
     tensors = dict(named_tensors(model))
     if absorb is not None:
         model, keep = hand_over(model, graph, keep, absorb)
@@ -67,10 +72,48 @@ def prune(
             kept_of.setdefault(name, []).append((axis, kept.nonzero().squeeze(1)))
     now = dict(named_tensors(model))
     slim = rebuild(model, {n: cut(now[n].detach(), axes) for n, axes in kept_of.items()})
-    prove(slim, graph, keep)
+    _settle(model, slim, graph, keep)
     if optimizer is not None:
         _carry_over(optimizer, tensors, dict(named_tensors(slim)), kept_of)
     return slim
+
+
+def _settle(model: nn.Module, slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
+    """Prove that `slim` is right; if it is not, let the lengths that are written down in its
+    modules' attributes follow, and prove again."""
+    try:
+        prove(slim, graph, keep)
+    except MaskSparsityError:
+        changed = limits.follow(slim, graph, keep.units)
+        if not changed:
+            raise
+        prove(slim, graph, keep)
+        _compare(apply_mask(model, graph, keep), slim, graph)
+        known = getattr(slim, WRITTEN_DOWN, {})
+        names = {*known, *changed}
+        merged = {name: {**known.get(name, {}), **changed.get(name, {})} for name in names}
+        setattr(slim, WRITTEN_DOWN, merged)
+
+
+WRITTEN_DOWN = "_masksparsity_attributes"
+"""Attribute of a slim model: module -> attribute -> value that had to follow the widths."""
+
+
+def _compare(masked: nn.Module, slim: nn.Module, graph: ChannelGraph) -> None:
+    """An attribute may have been more than a length: on the traced inputs, too, nothing changes."""
+    outputs = []
+    for net in (masked, slim):
+        args, kwargs = like(graph.example, net)
+        with evaluating(net), torch.no_grad():
+            leaves = tree_leaves(net(*args, **kwargs))
+        outputs.append([x for x in leaves if isinstance(x, Tensor)])
+    for a, b in zip(*outputs, strict=True):
+        same = a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-2, equal_nan=True)
+        if not same:
+            raise MaskSparsityError(
+                "refused: with the lengths in its modules' attributes changed, the slim model "
+                "computes something else; protect the channels with trace(..., protect=...)"
+            )
 
 
 def cut(tensor: Tensor, axes: list[tuple[int, Tensor]]) -> Tensor:
@@ -123,6 +166,12 @@ def _norm(old: Any, new: Any) -> None:
         new.num_features = len(tensor)
 
 
+def _group_norm(old: Any, new: Any) -> None:
+    if new.weight is not None:
+        new.num_groups = old.num_groups * len(new.weight) // old.num_channels
+        new.num_channels = len(new.weight)
+
+
 def _prelu(old: Any, new: Any) -> None:
     new.num_parameters = len(new.weight)
 
@@ -132,6 +181,7 @@ ATTRIBUTES: dict[type, Callable[[Any, Any], None]] = {
     nn.modules.conv._ConvTransposeNd: _conv_transpose,
     nn.Linear: _linear,
     nn.modules.batchnorm._NormBase: _norm,
+    nn.GroupNorm: _group_norm,
     nn.PReLU: _prelu,
 }
 """Module type -> fix(old, new), which sets the attributes that follow from the tensors' shapes."""

@@ -8,6 +8,7 @@ in `rules.py`; what it does not know is protected.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ ANONYMOUS = 0
 """The label of all that came from nowhere we know: protected, and so is what it meets."""
 
 _LABELS, _VIEWED = "_masksparsity_labels", "_masksparsity_viewed"
+_BLANK = "_masksparsity_blank"
 _NOTHING: frozenset[Slot] = frozenset()
 
 
@@ -60,6 +62,21 @@ class Record(NamedTuple):
     module: str
     ids: tuple[Tensor, ...]
     scalars: tuple[Any, ...]
+    shapes: tuple[torch.Size | None, ...]
+    """Of ids that vary along several axes: their shape."""
+
+
+class Cut(NamedTuple):
+    """Channels that an operation parted into pieces."""
+
+    operation: str
+    module: str
+    whole: Tensor
+    """Ids [rows, length]: several rows where other axes hold channels, too."""
+    pieces: tuple[Tensor, ...]
+    """Ids [rows, length of the piece]."""
+    numbers: tuple[int, ...]
+    """What the call may have written down: lengths, bounds or axes."""
 
 
 class Product(NamedTuple):
@@ -99,6 +116,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.rules = rules
         self.names = {id(tensor): name for name, tensor in named_tensors(model)}
+        self.parameters = {name for name, _ in model.named_parameters()}
         self.paths = {id(module): name for name, module in model.named_modules()}
         self.stack: list[str] = [""]
         self.failed: str | None = None  # the module whose forward raised
@@ -114,6 +132,10 @@ class Tracer(TorchDispatchMode):
         self.producers: set[Slot] = set()  # must be zero for a channel to be zero
         self.exposed: set[Slot] = set()  # producers that something other than a norm reads
         self.consumers: set[Slot] = set()  # axes that a product sums over
+        self.swallowed: list[Tensor] = []  # summed over by what has no weights
+        self.cuts: list[Cut] = []
+        self.touched: set[str] = set()  # names of the tensors that took part
+        self.trained = False
         self._known: dict[Any, tuple[Rule | None, str, bool]] = {}
         self._own: dict[str, tuple[Labels, ...]] = {}
 
@@ -158,6 +180,20 @@ class Tracer(TorchDispatchMode):
 
     def viewed(self, tensor: Tensor) -> None:
         setattr(tensor, _VIEWED, True)
+        self.blank(tensor, False)
+
+    def blank(self, tensor: Tensor, blank: bool = True) -> None:
+        """A tensor of one value, or of noise: all its channels are alike."""
+        if blank != self.is_blank(tensor) and id(tensor) not in self.names:
+            setattr(tensor, _BLANK, blank)
+
+    def is_blank(self, tensor: Tensor) -> bool:
+        return getattr(tensor, _BLANK, False)
+
+    def cut(self, whole: Tensor, pieces: Iterable[Tensor], numbers: Iterable[int] = ()) -> None:
+        """Channels fall into pieces, whose lengths the code takes from somewhere."""
+        if not self.given:
+            self.cuts.append(Cut(self.operation, self.module, whole, (*pieces,), (*numbers,)))
 
     def unite(self, a: Tensor, b: Tensor) -> None:
         """The channels that meet element by element live and die together."""
@@ -168,18 +204,20 @@ class Tracer(TorchDispatchMode):
         """Protect channels."""
         if self.given:
             return
-        reason = Reason(why, self.operation, self.module)
-        for ids in [labels] if isinstance(labels, Tensor) else [m.ids for m in labels]:
-            self.pins.append((ids, reason))
+        found = [labels] if isinstance(labels, Tensor) else [m.ids for m in labels]
+        if found:
+            reason = Reason(why, self.operation, self.module)
+            self.pins += [(ids, reason) for ids in found]
 
     def expose(self, labels: Iterable[Labels]) -> None:
         for m in labels:
             self.exposed |= m.sources
 
     def record(self, labels: Iterable[Labels], scalars: Iterable[Any] = ()) -> None:
-        self.records.append(
-            Record(self.operation, self.module, tuple(m.ids for m in labels), tuple(scalars))
-        )
+        labels = tuple(labels)
+        ids = tuple(m.ids for m in labels)
+        shapes = tuple(m.ids.shape if len(m.axes) > 1 else None for m in labels)
+        self.records.append(Record(self.operation, self.module, ids, tuple(scalars), shapes))
 
     def read(self, tensor: Tensor, axis: int) -> tuple[Tensor, Labels | None]:
         """What a consumer sees along one axis of its input: 1-D ids, and the labels they are from.
@@ -203,10 +241,19 @@ class Tracer(TorchDispatchMode):
         """`read`, by something that sums over the channels: what is removed must have been zero."""
         ids, m = self.read(tensor, axis)
         if m is not None:
-            self.expose([m])
-            if not m.clean:
-                self.pin(m.ids, "zero does not stay zero on the way here")
+            self._sum(m)
         return ids, m
+
+    def swallow(self, m: Labels) -> None:
+        """Something without weights of its own sums over the channels."""
+        self._sum(m)
+        self.swallowed.append(m.ids)
+
+    def _sum(self, m: Labels) -> None:
+        self.expose([m])
+        self.producers |= m.sources
+        if not m.clean:
+            self.pin(m.ids, "zero does not stay zero on the way here")
 
     def meet(self, tensor: Tensor | None, axis: int, ids: Tensor) -> None:
         """Channels `ids` arrive at one axis of a weight: its slot takes their labels over."""
@@ -218,24 +265,30 @@ class Tracer(TorchDispatchMode):
         elif self._labelled(name, tensor, axis):
             self.unite(self.slots.setdefault((name, axis), ids), ids)
 
-    def out_ids(self, tensor: Tensor, axis: int) -> tuple[Tensor, frozenset[Slot]]:
-        """The ids that a weight hands out along its output axis, and the slots behind them."""
+    def out_ids(self, tensor: Tensor, axis: int) -> tuple[Tensor, frozenset[Slot], bool]:
+        """The ids that a weight hands out along its output axis, the slots behind them, and
+        whether its filters are zero when those are."""
         name = self.names.get(id(tensor))
         if name is None:
             ids, m = self.read(tensor, axis)
-            return ids, m.sources if m else _NOTHING
+            return (ids, m.sources, m.clean) if m else (ids, _NOTHING, True)
         if not self._labelled(name, tensor, axis):
-            return torch.zeros(tensor.shape[axis], dtype=torch.int64), _NOTHING
-        return self.slot(name, axis, tensor.shape[axis]), frozenset({(name, axis)})
+            return torch.zeros(tensor.shape[axis], dtype=torch.int64), _NOTHING, True
+        return self.slot(name, axis, tensor.shape[axis]), frozenset({(name, axis)}), True
 
     def in_slots(self, tensor: Tensor, axis: int) -> frozenset[Slot]:
         name = self.names.get(id(tensor))
         if name is not None:
+            self.touched.add(name)
             return frozenset({(name, axis)})
         sources = (m.sources for m in self.labels(tensor) if axis in m.axes)
         return frozenset().union(*sources)
 
     # The run -------------------------------------------------------------------------------------
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled while tracing: spares an import of 1.5 s, and every call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -245,7 +298,7 @@ class Tracer(TorchDispatchMode):
             known = self._known[func] = self._look_up(func)
         rule, self.operation, inplace = known
         if rule is None:
-            self._unknown(args, kwargs, out)
+            self.unknown(args, kwargs, out)
         else:
             rule(self, self.operation, args, kwargs, out, inplace)
         return out
@@ -258,7 +311,8 @@ class Tracer(TorchDispatchMode):
         writes_elsewhere = func._schema.is_mutable and not inplace and base not in self.rules
         return None if writes_elsewhere else self.rules.get(base), base, inplace
 
-    def _unknown(self, args: Any, kwargs: Any, out: Any) -> None:
+    def unknown(self, args: Any, kwargs: Any, out: Any) -> None:
+        """Protect all that flows in; what comes out has no channels that we know."""
         found = [m for t in _tensors((args, kwargs)) for m in self.labels(t)]
         if found:
             self.record(found)
@@ -266,6 +320,7 @@ class Tracer(TorchDispatchMode):
             self.pin(found, "unknown operation")
         for tensor in _tensors(out):
             self.set(tensor, ())
+            self.blank(tensor, False)
 
     def _labelled(self, name: str, tensor: Tensor, axis: int) -> bool:
         # Of weights with a kernel only the two channel axes; an axis of size 1 broadcasts.
@@ -275,9 +330,42 @@ class Tracer(TorchDispatchMode):
             tensor.is_floating_point() and tensor.shape[axis] > 1 and (axis < 2 or tensor.ndim == 3)
         )
 
-    def run(self, model: nn.Module, args: tuple, kwargs: dict) -> Any:
+    def untouched(self) -> bool:
+        """Did no operation use some of the parameters?"""
+        return not self.parameters <= self.touched | self._own.keys()
+
+    def run_training(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """One more forward, in train mode, for auxiliary heads that are used there only. Where it
+        fails (for want of targets, say) nothing has been learnt."""
+        tensors = list(named_tensors(model))
+        buffers = [(t, t.clone()) for _, t in tensors if not isinstance(t, nn.Parameter)]
+        args, kwargs = tree_map(_at_least_two, (args, kwargs))
+        kept = (self.edges, self.pins, self.records, self.products, self.swallowed, self.cuts)
+        lengths = [len(part) for part in kept]
+        try:
+            self.run(model, args, kwargs, training=True)
+            self.trained = True
+        except Exception:
+            if self.given:
+                raise
+            for part, length in zip(kept, lengths, strict=True):
+                del part[length:]  # type: ignore[attr-defined]
+        finally:
+            del self.products[lengths[3] :]  # costs are those of inference
+            with torch.no_grad():
+                for tensor, value in buffers:
+                    tensor.copy_(value)
+
+    def run(self, model: nn.Module, args: tuple, kwargs: dict, training: bool = False) -> Any:
         """One forward in eval mode without gradients; model, RNG and mode stay as they were."""
-        with evaluating(model), torch.no_grad(), _module_stack(self), _Escapes(self), self:
+        with (
+            evaluating(model, training),
+            _eager(),
+            torch.no_grad(),
+            _module_stack(self),
+            _Escapes(self),
+            self,
+        ):
             out = model(*args, **kwargs)
         self.operation = "output"
         found = [m for t in _tensors(out) for m in self.labels(t)]
@@ -285,7 +373,7 @@ class Tracer(TorchDispatchMode):
         self.expose(found)
         self.pin(found, "model output")
         for tensor in _tensors(out):
-            for key in (_LABELS, _VIEWED):
+            for key in (_LABELS, _VIEWED, _BLANK):
                 if hasattr(tensor, key):
                     delattr(tensor, key)
         return out
@@ -304,27 +392,40 @@ class _Escapes(TorchFunctionMode):
         self.tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention and not kwargs.get("scale"):
+            self.tracer.operation = func.__name__
+            for x in args[:2]:
+                found = [m for m in self.tracer.labels(x) if x.ndim - 1 in m.axes]
+                self.tracer.pin(found, "attention divides by the width")
         if func in self.FUNCTIONS:
             self.tracer.operation = func.__name__
             found = self.tracer.labels(args[0])
             self.tracer.expose(found)
             self.tracer.pin(found, "values leave PyTorch")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; modes and random state are restored afterwards."""
+def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Eval (or train) mode; modes and random state are restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    devices = {t.device for _, t in named_tensors(model) if t.device.type == "cuda"}
+    tensors = named_tensors(model) if torch.cuda.is_initialized() else ()
+    devices = {t.device for _, t in tensors if t.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
         try:
             for module, _ in modes:
-                module.training = False
+                module.training = training
             yield
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def _eager() -> contextlib.AbstractContextManager:
+    """Compiled parts of a model run as they were written."""
+    compiler = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -347,6 +448,17 @@ def _module_stack(tracer: Tracer) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside data-parallel wrappers and `torch.compile`, which share its tensors."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -390,6 +502,10 @@ def batch_size(args: tuple, kwargs: dict) -> int:
     """The length of the first axis of the first input tensor."""
     first = next(_tensors((args, kwargs)), None)
     return max(1, first.shape[0]) if first is not None and first.ndim > 1 else 1
+
+
+def _at_least_two(x: Any) -> Any:
+    return torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim and len(x) == 1 else x
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

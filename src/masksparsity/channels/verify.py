@@ -6,61 +6,113 @@ literal size may then pick other channels without any error of shape. So it is t
 original channel numbers as labels, and every operation that consumes channels is compared.
 """
 
+import math
+from typing import NoReturn
+
 import torch
 from torch import Tensor, nn
 
 from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .mask import KeepMask
-from .trace import Tracer, like
+from .trace import Record, Tracer, like
+
+
+class Refusal(MaskSparsityError):
+    """What the proof found wrong, where."""
+
+    def __init__(self, why: str, operation: str, module: str, remedy: str, record: int | None):
+        place = f"{operation} in {module or 'the model itself'}" if operation else module
+        super().__init__(f"refused: {why} ({place}). {remedy}")
+        self.why, self.operation, self.module = why, operation, module
+        self.record = record
+        """Number of the record that differs; None where the slim model does not run."""
 
 
 def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
     """Raises MaskSparsityError, naming the module, unless every consumer of `slim` reads the
     channels that `keep` leaves of what it read in the traced model, in the same order."""
     units = torch.cat([keep.units, torch.ones(1, dtype=torch.bool)])  # -1: of no group
+    width = len(units)
     given = {}
     for (name, axis), owned in graph.slots.items():
-        given[name, axis] = owned[units[owned]] + 1
+        # What is of no group keeps a label of its own, so that both runs see labels alike.
+        kept = owned[units[owned]]
+        given[name, axis] = torch.where(kept < 0, width, kept + 1)
     tracer = Tracer(slim, graph.rules, given)
     args, kwargs = like(graph.example, slim)
+    failure = None
     try:
         tracer.run(slim, args, kwargs)
+        if graph.training:
+            tracer.run_training(slim, args, kwargs)
     except Exception as error:
-        raise MaskSparsityError(
-            f"refused: the slim model does not run: {error} "
-            f"(in {tracer.failed or 'the model itself'}). "
+        failure = error
+    _compare(tracer, graph, units, ran=failure is None)
+    if failure is not None:
+        raise Refusal(
+            f"the slim model does not run: {failure}",
+            "",
+            tracer.failed or "",
             "A size that is written down in forward, or in an operation that is not traced, has to "
-            "follow the tensors; or protect the channels with trace(..., protect=...)"
-        ) from error
+            "follow the tensors; or protect the channels with trace(..., protect=...)",
+            None,
+        ) from failure
+
+
+def _compare(tracer: Tracer, graph: ChannelGraph, units: Tensor, ran: bool) -> None:
+    """The records of the slim model's run, complete or not, with those of the dense one's."""
+    remedy = (
+        "Choose equal counts in the pieces that meet there, or protect the channels with "
+        "trace(..., protect=...)"
+    )
+    width = len(units)
     expected: dict[int, Tensor] = {}
     agreed: set[tuple[int, int]] = set()
     for k, dense in enumerate(graph.records):
-        now = tracer.records[k] if k < len(tracer.records) else None
-        if now is None or (now.operation, len(now.ids)) != (dense.operation, len(dense.ids)):
-            _refuse(dense.operation, dense.module, "the slim model takes another way here")
-        assert now is not None
+
+        def refuse(why: str, k: int = k, dense: Record = dense) -> NoReturn:
+            raise Refusal(why, dense.operation, dense.module, remedy, k)
+
+        if k >= len(tracer.records):
+            if ran:
+                refuse("the slim model takes another way here")
+            return
+        now = tracer.records[k]
+        if (now.operation, len(now.ids)) != (dense.operation, len(dense.ids)):
+            refuse("the slim model takes another way here")
         for before, after in zip(dense.ids, now.ids, strict=True):
             if (id(before), id(after)) in agreed:
                 continue
             if id(before) not in expected:
                 expected[id(before)] = before[units[before]] + 1
-            if not torch.equal(expected[id(before)], after.reshape(-1)):
-                _refuse(dense.operation, dense.module, "it would read other channels than before")
+            if not torch.equal(expected[id(before)], after.reshape(-1) % width):
+                refuse("it would read other channels than before")
             agreed.add((id(before), id(after)))
+        for before, shape, after in zip(dense.ids, dense.shapes, now.ids, strict=True):
+            if shape is not None and not _aligned(units[before].view(shape), after.shape):
+                refuse("it would put channels into other places")
         if now.scalars != dense.scalars:
-            _refuse(
-                dense.operation,
-                dense.module,
-                f"a number changes with the width: {dense.scalars} -> {now.scalars}",
-            )
+            refuse(f"a number changes with the width: {dense.scalars} -> {now.scalars}")
     if len(tracer.records) > len(graph.records):
         extra = tracer.records[len(graph.records)]
-        _refuse(extra.operation, extra.module, "the slim model takes another way here")
+        why = "the slim model takes another way here"
+        raise Refusal(why, extra.operation, extra.module, remedy, None)
 
 
-def _refuse(operation: str, module: str, why: str) -> None:
-    raise MaskSparsityError(
-        f"refused: {why} ({operation} in {module or 'the model itself'}). Choose equal counts in "
-        "the pieces that meet there, or protect the channels with trace(..., protect=...)"
+def _aligned(kept: Tensor, shape: torch.Size) -> bool:
+    """Do the kept elements of an array of channels fill an array of this shape, row by row?"""
+    if len(shape) != kept.ndim:
+        return False
+    last = max(range(kept.ndim), key=lambda axis: (kept.shape[axis] > 1, axis))
+    rows = kept.movedim(last, -1)
+    counts = rows.sum(-1)
+    full = counts > 0
+    lengths = [int(full.movedim(a, 0).flatten(1).any(1).sum()) if full.ndim > 1 else int(full.sum())
+               for a in range(full.ndim)]  # fmt: skip
+    new = [*shape[:last], *shape[last + 1 :]]
+    return (
+        lengths == new
+        and int(full.sum()) == math.prod(lengths)
+        and bool((counts[full] == shape[last]).all())
     )

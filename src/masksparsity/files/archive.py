@@ -14,8 +14,8 @@ from safetensors.torch import save as encode
 from torch import nn
 
 from masksparsity.channels.errors import MaskSparsityError
-from masksparsity.channels.surgery import rebuild
-from masksparsity.channels.trace import named_tensors
+from masksparsity.channels.surgery import WRITTEN_DOWN, rebuild
+from masksparsity.channels.trace import named_tensors, unwrap
 from masksparsity.models.registry import Constructor, constructor
 
 from . import atomic
@@ -29,6 +29,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     Models that `masksparsity.models.create` did not build are saved as well; `load` then needs
     `model=`, a dense one to shrink.
     """
+    model = unwrap(model)
     built = constructor(model)
     about = {
         "format": _FORMAT,
@@ -36,6 +37,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         if built is None
         else {"name": built.name, "kwargs": dict(built.kwargs)},
         "groups": _groups(model),
+        "attributes": getattr(model, WRITTEN_DOWN, {}),
     }
     tensors = {n: t.detach().cpu().contiguous() for n, t in named_tensors(model)}
     atomic.write(Path(path), encode(tensors, {"masksparsity": json.dumps(about)}))
@@ -55,17 +57,32 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     path = Path(path)
     tensors, about = _read(path)
     try:
-        if model is None:
-            model = _dense(about)
+        model = _dense(about) if model is None else unwrap(model)
         own = dict(named_tensors(model))
         _check(own, tensors)
         # Copies even where no axis changed: the slim model shares no memory with `model`.
         slim = rebuild(model, {n: t.to(own[n].dtype) for n, t in tensors.items()})
+        _write_down(slim, about.get("attributes", {}))
         if _groups(slim) != about["groups"]:
             raise MaskSparsityError("the groups of its convolutions are not this model's")
     except MaskSparsityError as error:
         raise MaskSparsityError(f"{path}: {error}") from error
     return slim.eval()
+
+
+def _write_down(slim: nn.Module, attributes: dict[str, dict[str, Any]]) -> None:
+    """Lengths that the modules hold as attributes: plain numbers in the place of plain numbers."""
+    modules = dict(slim.named_modules())
+    for name, values in attributes.items():
+        for attribute, value in values.items():
+            old = vars(modules[name]).get(attribute) if name in modules else None
+            new = tuple(value) if isinstance(old, tuple) else value
+            numbers = new if isinstance(new, (list, tuple)) else [new]
+            if type(new) is not type(old) or any(type(n) is not int for n in numbers):
+                raise MaskSparsityError(f"{name}.{attribute} is not what this model has there")
+            setattr(modules[name], attribute, new)
+    if attributes:
+        setattr(slim, WRITTEN_DOWN, attributes)
 
 
 def _dense(about: dict[str, Any]) -> nn.Module:

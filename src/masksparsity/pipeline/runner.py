@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.pipeline.choices import choose_mask
 from masksparsity.pipeline.origin import origin
 from masksparsity.pipeline.rundir import CONFIG
 from masksparsity.pipeline.stages import STAGES
@@ -22,6 +23,11 @@ def run(work: Workspace, *, with_scratch: bool = False, fresh: bool = False) -> 
     Stages that were begun with other settings are refused; if `fresh`, they are done again
     together with everything that started from them.
     """
+    if not work.runs.complete("mask"):
+        # Data or a mask that cannot be had should not cost two trainings first.
+        work.data.training()
+        model = work.dense()
+        choose_mask(work.config.mask, model, work.trace(model))
     for name in (*RUN, *(["scratch"] if with_scratch else [])):
         if not (name == "sparsify" and work.config.mask.file):
             differs = work.runs.asked(name) not in (None, work.asked(STAGES[name]))

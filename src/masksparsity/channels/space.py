@@ -1,0 +1,182 @@
+"""Pooling, resizing and reductions: each channel by itself, as long as they are not over channels."""
+
+from typing import Any
+
+from torch import Tensor
+
+from .trace import Labels, Rule, Tracer
+
+RULES: dict[str, Rule] = {}
+
+
+def spatial(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
+    """Zero stays zero; all axes before the last one, two or three belong to channels and batch."""
+    x, result = args[0], out[0] if isinstance(out, tuple) else out
+    dims = next((k for k in (1, 2, 3) if f"{k}d" in op), 2)
+    found = t.labels(x)
+    t.record(found, [a for a in args[1:] if not isinstance(a, Tensor)])
+    t.expose(found)
+    passing = []
+    for m in found:
+        moving = [a for a in m.axes if a >= x.ndim - dims]
+        if moving:  # a pixel shuffle, or channels that lie along space
+            _alike(t, m, moving)
+        if len(moving) == len(m.axes):
+            t.pin(m.ids, "channels lie along another axis")
+        else:
+            ids = m.ids
+            for a in moving:
+                ids = ids.narrow(a, 0, 1)
+            passing.append(Labels(ids, m.axes.difference(moving), m.clean))
+    t.set(result, passing)
+
+
+def _alike(t: Tracer, m: Labels, axes: Any) -> None:
+    first = m.ids
+    for a in axes:
+        first = first.narrow(a, 0, 1)
+    t.unite(m.ids, first)
+
+
+SPATIAL = """max_pool2d_with_indices max_pool3d_with_indices max_pool1d max_pool2d max_pool3d avg_pool1d
+avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d
+adaptive_max_pool2d adaptive_max_pool3d mkldnn_max_pool2d upsample_nearest1d upsample_nearest2d
+upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
+upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
+_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d reflection_pad3d
+replication_pad1d replication_pad2d replication_pad3d"""
+RULES.update(dict.fromkeys(SPATIAL.split(), spatial))
+
+
+def _reduction(sums: bool, clean: bool = True) -> Rule:
+    """`sums`: channels that are zero add nothing, so that one may reduce over them."""
+
+    def apply(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
+        x, *rest = args
+        if op == "linalg_vector_norm":
+            rest = rest[1:]
+        dims = rest[0] if rest else kwargs.get("dim")
+        dims = [dims] if isinstance(dims, int) else dims or range(x.ndim)
+        keepdim = kwargs.get("keepdim", rest[1] if len(rest) > 1 else False)
+        reduced = {d % x.ndim for d in dims}
+        found = t.labels(x)
+        t.record(found)
+        t.expose(found)
+        result = []
+        for m in found:
+            ids, over = m.ids, m.axes & reduced
+            if over == m.axes:
+                if sums:
+                    t.swallow(m)
+                else:
+                    t.pin(ids, "reduced over channels")
+                continue
+            if over:  # a sum of several paths: what is added up is one channel
+                _alike(t, m, over)
+                for a in over:
+                    ids = ids.narrow(a, 0, 1)
+            axes = m.axes - over
+            if not keepdim:
+                ids = ids.squeeze(tuple(reduced))
+                axes = frozenset(a - sum(d < a for d in reduced) for a in axes)
+            result.append(Labels(ids, axes, m.clean and clean))
+        for tensor in out if isinstance(out, tuple) else (out,):
+            t.set(tensor, result)
+
+    return apply
+
+
+RULES.update(
+    dict.fromkeys(["mean", "amax", "amin", "std", "var", "std_mean", "var_mean"], _reduction(False))
+)
+RULES.update(dict.fromkeys(["sum", "linalg_vector_norm"], _reduction(True)))
+RULES.update(
+    dict.fromkeys(["argmax", "argmin", "logsumexp", "prod", "any", "all"], _reduction(False, False))
+)
+
+
+def softmax(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    x, axis = args[0], args[1] % args[0].ndim
+    found = t.labels(x)
+    t.record(found)
+    t.expose(found)
+    over = [m for m in found if axis in m.axes]
+    for m in over:
+        if len(m.axes) > 1:  # over paths or radixes, channel by channel
+            _alike(t, m, [axis])
+        else:
+            t.pin(m.ids, "softmax over channels")
+    t.set(out, [m._replace(clean=False, sources=frozenset()) for m in found])
+
+
+RULES["_softmax"] = RULES["_log_softmax"] = softmax
+
+
+def unfold(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """Patches: a channel of the input owns a row for every position of the window."""
+    x, window = args[0], args[1]
+    found = t.labels(x)
+    t.record(found, args[1:])
+    t.expose(found)
+    result = []
+    for m in found:
+        if m.axes != {x.ndim - 3}:
+            t.pin(m.ids, "channels lie along another axis")
+            continue
+        ids = m.ids.reshape(-1).repeat_interleave(window[0] * window[1])
+        result.append(Labels(ids.view([1] * (x.ndim - 3) + [-1, 1]), m.axes, m.clean))
+    t.set(out, result)
+
+
+def fold(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """The way back: the rows of one channel are added up."""
+    x, _, window = args[:3]
+    found = t.labels(x)
+    t.record(found, args[1:])
+    t.expose(found)
+    result = []
+    for m in found:
+        if m.axes != {x.ndim - 2}:
+            t.pin(m.ids, "channels lie along another axis")
+            continue
+        rows = m.ids.reshape(-1, window[0] * window[1])
+        t.unite(rows, rows[:, :1])
+        ids = rows[:, 0].view([1] * (x.ndim - 2) + [-1, 1, 1])
+        result.append(Labels(ids, m.axes, m.clean))
+    t.set(out, result)
+
+
+RULES["im2col"], RULES["col2im"] = unfold, fold
+
+
+def roi_align(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """Boxes cut out of a feature map, channel by channel."""
+    x, boxes = args[:2]
+    t.pin(t.labels(boxes), "values become positions")
+    found = t.labels(x)
+    t.record(found, args[2:])
+    t.expose(found)
+    t.pin([m for m in found if m.axes != {1}], "channels lie along another axis")
+    t.set(out, [m._replace(sources=frozenset()) for m in found if m.axes == {1}])
+
+
+RULES["torchvision::roi_align"] = RULES["torchvision::roi_pool"] = roi_align
+
+
+# Neither read nor write values: nothing to say about channels
+def _blank(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
+    t.blank(out)
+
+
+def _filled(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
+    """Noise or one value, written over what was there."""
+    if inplace and not t.labels(out) and not out._is_view():
+        t.blank(out)
+    else:
+        t.unknown(args, kwargs, out)
+
+
+BLANK = """empty empty_like new_empty empty_strided zeros_like ones_like full_like new_zeros new_full
+new_ones rand_like randn_like"""
+RULES.update(dict.fromkeys(BLANK.split(), _blank))
+RULES.update(dict.fromkeys("bernoulli uniform normal exponential zero fill".split(), _filled))
