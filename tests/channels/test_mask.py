@@ -47,7 +47,7 @@ def test_norms_and_back(graph, seed):
 
 
 def test_ties(graph):
-    """Ten norms share the stem's channels: nine that want 0..7 away, the most cautious only 0..3."""
+    """Ten norms share the stem's channels: nine want 0..7 away, the most cautious only 0..3."""
     group = graph.groups[0]
     wants = {n: torch.arange(16) >= 8 for n in group.scales}
     norms = {n.module: len(graph.slots[n.weight, 0]) for n in graph.norms}

@@ -286,7 +286,7 @@ RULES.update(
     dict.fromkeys(["view", "_unsafe_view", "reshape", "_reshape_alias", "flatten"], _reshape)
 )
 RULES.update(
-    dict.fromkeys(["clone", "contiguous", "_to_copy", "to", "lift_fresh"], _movement(_same, False))
+    dict.fromkeys(["clone", "contiguous", "_to_copy", "to"], _movement(_same, False))
 )
 RULES.update(dict.fromkeys(("detach", "alias"), _movement(_same, True)))
 RULES["permute"] = _movement(_permute, True)
@@ -394,3 +394,25 @@ def pad(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) 
 
 RULES["cat"], RULES["stack"], RULES["index"] = cat, stack, index
 RULES["constant_pad_nd"] = pad
+
+
+_FEW = 64  # values of a tensor made in forward that are compared
+
+
+def lift(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """`torch.tensor(...)` in forward: its values may follow from a width."""
+    t.record((), out.flatten().tolist() if out.numel() <= _FEW else ())
+
+
+def restride(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """Only where all but batch and channels is of size 1, as pooling to 1x1 in channels_last does:
+    then the shape says it all."""
+    x, size, stride = args[:3]
+    if list(x.shape) == list(size) == [*size[:2], *[1] * (len(size) - 2)] and stride[1] == 1:
+        t.viewed(x)
+        t.set(out, t.labels(x))
+    else:
+        t.unknown(args, kwargs, out)
+
+
+RULES["lift_fresh"], RULES["as_strided"] = lift, restride

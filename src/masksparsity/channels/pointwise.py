@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .trace import Labels, Rule, Tracer
+from .trace import Labels, Rule, Tracer, numbers
 
 
 def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
@@ -21,11 +21,13 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
         labels = [m for ms in found for m in ms]
         out = out[0] if isinstance(out, tuple) else out
         if not labels:
+            if numbers(args):
+                t.record((), numbers(args))
             if inplace:
                 t.set(out, ())
             t.blank(out, bool(tensors) and all(map(t.is_blank, tensors)))
             return
-        t.record(labels, [a for a in args if isinstance(a, (int, float))])
+        t.record(labels, numbers(args))
         t.expose(labels)
         if len(tensors) == 1:
             result = [m._replace(clean=zero([m.clean], args), sources=frozenset()) for m in labels]
@@ -65,14 +67,14 @@ def _merge(
                 merged.append((ids, axes, {index: m.clean}))
     result = []
     for ids, axes, clean in merged:
-        for index, x in enumerate(tensors):
-            shift = out.ndim - x.ndim
-            if (
-                index not in clean
-                and any(a >= shift and x.shape[a - shift] > 1 for a in axes)
-                and not t.is_blank(x)
-            ):
-                t.pin(ids, "meets a tensor whose channels are unknown")
+        if any(
+            index not in clean
+            and any(a >= out.ndim - x.ndim and x.shape[a - out.ndim + x.ndim] > 1 for a in axes)
+            and not t.is_blank(x)
+            for index, x in enumerate(tensors)
+        ):
+            t.pin(ids, "meets a tensor whose channels are unknown")
+            continue
         flags, index = [], 0
         for a in args:
             if isinstance(a, Tensor):

@@ -24,29 +24,28 @@ _MOST = 64  # tries: what is refused then is refused when one prunes
 def protect_what_is_refused(
     tracer: Tracer, model: nn.Module, solve: Callable[[], ChannelGraph]
 ) -> ChannelGraph:
+    """The graph that `solve` makes of what `tracer` saw, with more of it protected."""
     graph = solve()
-    modules = dict(model.named_modules())
-    failed: Counter[tuple[type, str]] = Counter()
+    reach: Counter[str] = Counter()
     for _ in range(_MOST):
-        if not graph.prunable:
-            break
+        keep = _some(graph)
         try:
-            prune(model, graph, _some(graph))
+            prune(model, graph, keep)
             break
         except Refusal as refusal:
-            kind = type(modules.get(refusal.module, model))
-            failed[kind, refusal.operation] += 1
-            # What fails twice is how this kind of module is written.
-            everywhere = failed[kind, refusal.operation] > 1
-            places = [n for n, m in modules.items() if type(m) is kind] if everywhere else []
-            before = len(tracer.pins)
-            _protect(tracer, refusal, {refusal.module, *places})
-            if len(tracer.pins) == before:
-                break
-            graph = solve()
+            free = _free(graph)
+            while _free(graph) == free and refusal.module is not None:
+                reach[refusal.module] += 1
+                if not _protect(tracer, model, refusal, reach[refusal.module]):
+                    return graph
+                graph = solve()
         except MaskSparsityError:
             break
     return graph
+
+
+def _free(graph: ChannelGraph) -> int:
+    return sum(group.size for group in graph.prunable)
 
 
 def _some(graph: ChannelGraph) -> KeepMask:
@@ -60,15 +59,27 @@ def _some(graph: ChannelGraph) -> KeepMask:
     return KeepMask(graph, keep).repaired()
 
 
-def _protect(tracer: Tracer, refusal: Refusal, modules: set[str]) -> None:
-    why = f"the code of this module does not follow other widths: {refusal.why}"
-    ids = [] if refusal.record is None else list(tracer.records[refusal.record].ids)
-    for name in modules:
-        ids += [c.whole for c in tracer.cuts if c.module == name]
-        if refusal.record is not None:
-            ids += [i for r in tracer.records for i in r.ids
-                    if (r.module, r.operation) == (name, refusal.operation)]  # fmt: skip
-    if not ids:
-        ids = [i for r in tracer.records if r.module in modules for i in r.ids]
-    for part in ids:
-        tracer.pins.append((part, Reason(why, refusal.operation, refusal.module)))
+def _protect(tracer: Tracer, model: nn.Module, refusal: Refusal, reach: int) -> bool:
+    """Protect what was refused; if that was not enough, what its module reads, then all in it,
+    then all in the module around it, and so on. False if there is nothing more to protect."""
+    modules = dict(model.named_modules())
+    why = f"code that does not follow other widths: {refusal.why}"[:160]
+    reason = Reason(why, refusal.operation, refusal.module)
+    kind = type(modules.get(refusal.module))
+    alike = {n for n, m in modules.items() if type(m) is kind and n} | {refusal.module}
+    if reach == 1 and refusal.record is not None:
+        parts = list(tracer.records[refusal.record].ids)
+    elif reach <= 2:  # what is written in one module is written in all of its kind
+        parts = [c.whole for c in tracer.cuts if c.module in alike]
+        parts += [i for r in tracer.records if r.module in alike for i in r.ids]
+    else:
+        around = refusal.module
+        for _ in range(reach - 3):
+            around = around.rpartition(".")[0]
+        inside = f"{around}." if around else ""
+        parts = [i for r in tracer.records if f"{r.module}.".startswith(inside) for i in r.ids]
+        parts += [c.whole for c in tracer.cuts if f"{c.module}.".startswith(inside)]
+        if reach - 3 > refusal.module.count(".") + 1:
+            return False
+    tracer.pins += [(part, reason) for part in parts]
+    return True

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .trace import Labels, Rule, Tracer
+from .trace import Labels, Rule, Tracer, numbers
 
 RULES: dict[str, Rule] = {}
 
@@ -163,14 +163,17 @@ def roi_align(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: 
 RULES["torchvision::roi_align"] = RULES["torchvision::roi_pool"] = roi_align
 
 
-# Neither read nor write values: nothing to say about channels
+# Made from nothing but sizes and a number
 def _blank(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
+    if numbers(args):
+        t.record((), numbers(args))
     t.blank(out)
 
 
 def _filled(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
     """Noise or one value, written over what was there."""
     if inplace and not t.labels(out) and not out._is_view():
+        t.record((), numbers(args))
         t.blank(out)
     else:
         t.unknown(args, kwargs, out)

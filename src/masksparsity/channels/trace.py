@@ -136,6 +136,7 @@ class Tracer(TorchDispatchMode):
         self.cuts: list[Cut] = []
         self.touched: set[str] = set()  # names of the tensors that took part
         self.trained = False
+        self.token = object()
         self._known: dict[Any, tuple[Rule | None, str, bool]] = {}
         self._own: dict[str, tuple[Labels, ...]] = {}
 
@@ -149,7 +150,9 @@ class Tracer(TorchDispatchMode):
         """The labels of a tensor; a parameter's are handed out at its first use."""
         name = self.names.get(id(tensor))
         if name is None:
-            return getattr(tensor, _LABELS, ())
+            # A tensor that the model keeps may still carry what an earlier run put there.
+            whose, labels = getattr(tensor, _LABELS, (None, ()))
+            return labels if whose is self.token else ()
         if name not in self._own:
             self._own[name] = tuple(
                 Labels(_along(self.slot(name, axis, size), axis, tensor.ndim), frozenset({axis}),
@@ -176,7 +179,7 @@ class Tracer(TorchDispatchMode):
             # Others see the same memory and still believe that its zeros stay zero.
             self.pin([m for m in labels if not m.clean], "a view is overwritten")
         if labels or hasattr(out, _LABELS):
-            setattr(out, _LABELS, labels)
+            setattr(out, _LABELS, (self.token, labels))
 
     def viewed(self, tensor: Tensor) -> None:
         setattr(tensor, _VIEWED, True)
@@ -314,10 +317,10 @@ class Tracer(TorchDispatchMode):
     def unknown(self, args: Any, kwargs: Any, out: Any) -> None:
         """Protect all that flows in; what comes out has no channels that we know."""
         found = [m for t in _tensors((args, kwargs)) for m in self.labels(t)]
-        if found:
-            self.record(found)
-            self.expose(found)
-            self.pin(found, "unknown operation")
+        if found or numbers(args):
+            self.record(found, numbers(args))
+        self.expose(found)
+        self.pin(found, "unknown operation")
         for tensor in _tensors(out):
             self.set(tensor, ())
             self.blank(tensor, False)
@@ -448,6 +451,12 @@ def _module_stack(tracer: Tracer) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def numbers(args: Iterable[Any]) -> tuple[Any, ...]:
+    """Python's numbers among the arguments of an operation: they may follow from a width, and then
+    change with it. Sizes, which come in lists, follow by right."""
+    return tuple(a for a in args if isinstance(a, (int, float)))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
