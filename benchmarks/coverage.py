@@ -1,10 +1,11 @@
 """Which networks prune, how much of them, and is the result exact?
 
 All networks of torchvision and the smallest member of every family of timm (a family: one module of
-timm and the first word of the name), or of either what `--only` asks for. Each in a process of its
-own: trace, a random mask with another fraction in every group, prune; `apply_mask` against `prune`
-in double precision, in eval and in train mode; a training step of the slim model; its archive, saved
-and loaded to the bit. A refusal by the proof is listed, and no error. Exit code 1 if any is wrong.
+timm and the first word of the name), or of either what `--only` asks for. Each in a process of
+its own: trace, a random mask with another fraction in every group, prune; `apply_mask` against
+`prune` in double precision, in eval and in train mode; a training step of the slim model; its
+archive, saved and loaded to the bit. A refusal by the proof is listed, and no error. Exit code 1
+if any is wrong.
 
     python benchmarks/coverage.py --table results/coverage.txt              # all: hours on one core
     python benchmarks/coverage.py --library timm --only 'mixnet|dpn68' --peer
@@ -60,8 +61,12 @@ def names(library: str, only: str | None) -> list[str]:
 def build(library: str, name: str) -> tuple[nn.Module, tuple]:
     """The network, and inputs of the smallest size that it accepts."""
     frames: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = SIZES
     if library == "timm":
         model = timm.create_model(name)
+        about = timm.get_pretrained_cfg(name)
+        if about is not None and about.fixed_input_size:
+            sizes = (about.input_size[-1],)
     else:
         detects = re.search("rcnn|retinanet|fcos|ssd", name)
         options: dict[str, Any] = {"weights_backbone": None} if detects or "_" in name else {}
@@ -69,7 +74,8 @@ def build(library: str, name: str) -> tuple[nn.Module, tuple]:
             options["box_score_thresh" if "rcnn" in name else "score_thresh"] = 0.0
             options |= {} if "ssd" in name else {"min_size": 96, "max_size": 128}
         elif name.startswith("vit"):
-            options["image_size"] = 64 if "14" not in name else 56
+            sizes = (56 if name.endswith("14") else 64,)
+            options["image_size"] = sizes[0]
         try:
             model = torchvision.models.get_model(name, weights=None, **options)
         except TypeError:
@@ -77,7 +83,7 @@ def build(library: str, name: str) -> tuple[nn.Module, tuple]:
             model = torchvision.models.get_model(name, weights=None, **options)
         frames = (16,) if re.search("3d|mc3|r2plus1d|mvit", name) else ()
     error = None
-    for size in (56, *SIZES) if "14" in name else SIZES:
+    for size in sizes:
         x = torch.randn(2, 3, *frames, size, size)
         inputs = (x, x.flip(0)) if name.startswith("raft") else (x,)
         try:
@@ -86,7 +92,7 @@ def build(library: str, name: str) -> tuple[nn.Module, tuple]:
             return model.eval(), inputs
         except Exception as e:
             error = e
-    raise RuntimeError(f"takes no input of {SIZES}: {error}")
+    raise RuntimeError(f"takes no input of {sizes}: {error}")
 
 
 def calibrate(model: nn.Module, inputs: tuple) -> None:

@@ -10,10 +10,11 @@ slim = ms.prune(model, graph, keep)
 
 from . import models
 from .channels import scores, select
+from .channels.analysis import trace
 from .channels.calibrate import recalibrate
 from .channels.cost import Cost
 from .channels.errors import MaskSparsityError
-from .channels.groups import ChannelGraph, ChannelGroup, trace
+from .channels.groups import ChannelGraph, ChannelGroup
 from .channels.mask import KeepMask
 from .channels.penalty import MaskedL1, Proximal, ScheduledDecay
 from .channels.surgery import apply_mask, prune

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .channels.groups import ChannelGraph, trace
+from .channels.analysis import trace
+from .channels.groups import ChannelGraph
 from .channels.mask import KeepMask
 from .channels.surgery import prune
 from .channels.trace import arguments, evaluating, like

@@ -257,3 +257,10 @@ def test_importing_the_package_needs_torch_and_safetensors_only():
         "import masksparsity"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Conv2d(3, 1, 1)], ids=["nothing", "one channel"])
+def test_networks_without_channels_have_no_groups(model):
+    graph = ms.trace(model, X)
+    assert graph.groups == ()
+    assert isinstance(ms.prune(model, graph, ms.KeepMask(graph)), type(model))

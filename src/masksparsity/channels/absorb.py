@@ -6,7 +6,6 @@ a bias can stand for it in the interior only; one channel that stays constant ca
 others of its group everywhere.
 """
 
-import copy
 from typing import Any, Literal
 
 import torch
@@ -16,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .mask import KeepMask
-from .trace import evaluating, like, named_tensors
+from .trace import duplicate, evaluating, like, named_tensors
 
 Constants = dict[str, tuple[int, Tensor]]
 """Consumer -> its input axis, and [groups, length]: the constant of every removed index, else 0."""
@@ -68,7 +67,7 @@ def absorb(
         MaskSparsityError: where a removed channel is no constant at a consumer, or no single
             channel can stand for the others, or ("bias") a consumer has neither bias nor norm.
     """
-    model = copy.deepcopy(model)
+    model = duplicate(model)
     tensors = dict(named_tensors(model))
     filters = {name for name, _ in graph.consumers} | {norm.weight for norm in graph.norms}
     for name, axis in graph.producers:

@@ -75,7 +75,8 @@ class KeepMask:
     def slot(self, tensor: str, axis: int) -> Tensor:
         """bool, one per index of an axis of a parameter or buffer: does it stay?"""
         units = self.graph.slots[tensor, axis]
-        return self.units[units] | (units < 0)
+        # -1, an index of no group, reads the one that is added.
+        return torch.cat([self.units, self.units.new_ones(1)])[units]
 
     def by_norm(self) -> dict[str, Tensor]:
         """BatchNorm name -> bool [num_features]."""

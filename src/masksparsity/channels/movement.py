@@ -285,9 +285,7 @@ RULES["channel_shuffle"] = RULES["native_channel_shuffle"] = shuffle
 RULES.update(
     dict.fromkeys(["view", "_unsafe_view", "reshape", "_reshape_alias", "flatten"], _reshape)
 )
-RULES.update(
-    dict.fromkeys(["clone", "contiguous", "_to_copy", "to"], _movement(_same, False))
-)
+RULES.update(dict.fromkeys(["clone", "contiguous", "_to_copy", "to"], _movement(_same, False)))
 RULES.update(dict.fromkeys(("detach", "alias"), _movement(_same, True)))
 RULES["permute"] = _movement(_permute, True)
 RULES["transpose"] = _movement(_transpose, True)

@@ -144,12 +144,12 @@ def _divide(flags: list[bool], args: Any) -> bool:
     return flags[0] and not any(flags[1:])  # 0 / 0 is not zero
 
 
-ZERO_AT_ZERO = """relu relu6 silu gelu mish tanh hardswish leaky_relu elu selu celu hardshrink softshrink abs
-neg positive sign sqrt square erf floor round ceil trunc expm1 log1p asin atan sin sinh
-asinh tan frac sgn nan_to_num native_dropout dropout _prelu_kernel prelu remainder fmod"""
-NOT_ZERO_AT_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp exp2 cos cosh acos log log2 log10 rsqrt
-reciprocal rsub eq ne ge le gt lt logical_not isnan isfinite isinf bitwise_and bitwise_or bitwise_not
-atan2 lgamma digamma"""
+ZERO_AT_ZERO = """relu relu6 silu gelu mish tanh hardswish leaky_relu elu selu celu hardshrink
+softshrink abs neg positive sign sqrt square erf floor round ceil trunc expm1 log1p asin atan sin
+sinh asinh tan frac sgn nan_to_num native_dropout dropout _prelu_kernel prelu remainder fmod"""
+NOT_ZERO_AT_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp exp2 cos cosh acos log log2 log10
+rsqrt reciprocal rsub eq ne ge le gt lt logical_not isnan isfinite isinf bitwise_and bitwise_or
+bitwise_not atan2 lgamma digamma"""
 
 RULES: dict[str, Rule] = {}
 RULES.update(dict.fromkeys(ZERO_AT_ZERO.split(), pointwise(_first)))

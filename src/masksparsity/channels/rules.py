@@ -219,7 +219,7 @@ def group_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
     t.expose([seen])
     rows = ids.view(groups, -1)
     if groups == 1:
-        t.pin(ids, "normalised over all channels")
+        t.pin(ids, "normalised over channels")
     t.unite(rows, rows[:, :1])
     sources, clean = seen.sources, seen.clean
     if weight is not None:

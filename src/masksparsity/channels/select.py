@@ -241,5 +241,7 @@ def _modules(graph: ChannelGraph) -> set[str]:
 
 
 def _ignored(graph: ChannelGraph, group: ChannelGroup, ignore: tuple[str, ...]) -> bool:
+    if not ignore:
+        return False
     makers = [s.tensor for s in group.slices if (s.tensor, s.axis) in graph.producers]
     return any(t == i or t.startswith(f"{i}.") for t in [group.name, *makers] for i in ignore)

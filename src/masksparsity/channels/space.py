@@ -1,4 +1,4 @@
-"""Pooling, resizing and reductions: each channel by itself, as long as they are not over channels."""
+"""Pooling, resizing, reductions: each channel by itself, as long as they are not over channels."""
 
 from typing import Any
 
@@ -38,8 +38,8 @@ def _alike(t: Tracer, m: Labels, axes: Any) -> None:
     t.unite(m.ids, first)
 
 
-SPATIAL = """max_pool2d_with_indices max_pool3d_with_indices max_pool1d max_pool2d max_pool3d avg_pool1d
-avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d
+SPATIAL = """max_pool2d_with_indices max_pool3d_with_indices max_pool1d max_pool2d max_pool3d
+avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_avg_pool1d
 adaptive_max_pool2d adaptive_max_pool3d mkldnn_max_pool2d upsample_nearest1d upsample_nearest2d
 upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
 upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d
@@ -179,7 +179,8 @@ def _filled(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool)
         t.unknown(args, kwargs, out)
 
 
-BLANK = """empty empty_like new_empty empty_strided zeros_like ones_like full_like new_zeros new_full
-new_ones rand_like randn_like"""
+BLANK = """empty empty_like new_empty empty_strided zeros_like ones_like full_like new_zeros
+new_full new_ones rand_like randn_like"""
 RULES.update(dict.fromkeys(BLANK.split(), _blank))
-RULES.update(dict.fromkeys("bernoulli uniform normal exponential zero fill".split(), _filled))
+FILLED = ["bernoulli", "uniform", "normal", "exponential", "zero", "fill"]
+RULES.update(dict.fromkeys(FILLED, _filled))

@@ -1,11 +1,12 @@
 """Take channels out: slice every parameter, buffer and optimizer state, and fix the modules."""
 
-import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_leaves
 
 from . import constraints as limits
@@ -13,15 +14,15 @@ from .absorb import absorb as hand_over
 from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .mask import KeepMask
-from .trace import evaluating, like, named_tensors, unwrap
-from .verify import prove
+from .trace import duplicate, evaluating, like, named_tensors, unwrap
+from .verify import Refusal, prove, records_now
 
 
 def apply_mask(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> nn.Module:
     """A copy of `model` in which the removed channels are zero wherever they are produced: in
     filters, biases, scales and shifts. It computes what the slim model computes."""
     graph.check(model)
-    masked = copy.deepcopy(unwrap(model))
+    masked = duplicate(unwrap(model))
     tensors = dict(named_tensors(masked))
     with torch.no_grad():
         for name, axis in graph.producers:
@@ -83,7 +84,13 @@ def _settle(model: nn.Module, slim: nn.Module, graph: ChannelGraph, keep: KeepMa
     modules' attributes follow, and prove again."""
     try:
         prove(slim, graph, keep)
-    except MaskSparsityError:
+        return
+    except Refusal:
+        # What the model cached since it was traced has no labels: trace it as it is now.
+        graph = replace(graph, records=records_now(model, graph))
+    try:
+        prove(slim, graph, keep)
+    except Refusal:
         changed = limits.follow(slim, graph, keep.units)
         if not changed:
             raise
@@ -136,8 +143,11 @@ def rebuild(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
             new.__dict__.update(old.__dict__)
             memo[id(old)] = new
-    slim = copy.deepcopy(model, memo)  # shared modules and tied weights stay shared and tied
+    slim = duplicate(model, memo)  # shared modules and tied weights stay shared and tied
     for before, after in zip(model.modules(), slim.modules(), strict=True):
+        for hook in after._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm):  # a weight computed before each forward
+                setattr(after, hook.name, hook.compute_weight(after).detach())
         fix = next((ATTRIBUTES[t] for t in type(after).__mro__ if t in ATTRIBUTES), None)
         if fix is not None:
             fix(before, after)

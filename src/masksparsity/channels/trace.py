@@ -8,6 +8,7 @@ in `rules.py`; what it does not know is protected.
 """
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -362,6 +363,7 @@ class Tracer(TorchDispatchMode):
     def run(self, model: nn.Module, args: tuple, kwargs: dict, training: bool = False) -> Any:
         """One forward in eval mode without gradients; model, RNG and mode stay as they were."""
         with (
+            _unchanged(model),
             evaluating(model, training),
             _eager(),
             torch.no_grad(),
@@ -399,8 +401,8 @@ class _Escapes(TorchFunctionMode):
         if func is nn.functional.scaled_dot_product_attention and not kwargs.get("scale"):
             self.tracer.operation = func.__name__
             for x in args[:2]:
-                found = [m for m in self.tracer.labels(x) if x.ndim - 1 in m.axes]
-                self.tracer.pin(found, "attention divides by the width")
+                over = [m for m in self.tracer.labels(x) if x.ndim - 1 in m.axes]
+                self.tracer.pin(over, "attention divides by the width")
         if func in self.FUNCTIONS:
             self.tracer.operation = func.__name__
             found = self.tracer.labels(args[0])
@@ -457,6 +459,37 @@ def numbers(args: Iterable[Any]) -> tuple[Any, ...]:
     """Python's numbers among the arguments of an operation: they may follow from a width, and then
     change with it. Sizes, which come in lists, follow by right."""
     return tuple(a for a in args if isinstance(a, (int, float)))
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """What forward writes into its modules (a cache, a counter) is undone."""
+    kept = []
+    for module in model.modules():
+        state = vars(module)
+        inner = [(v, v.copy()) for v in state.values() if isinstance(v, (dict, list, set))]
+        kept.append((state, state.copy(), inner))
+    try:
+        yield
+    finally:
+        for state, before, inner in kept:
+            if state.keys() != before.keys() or any(state[k] is not before[k] for k in before):
+                state.clear()
+                state.update(before)
+            for value, was in inner:
+                if len(value) != len(was) or isinstance(value, list):
+                    value.clear()
+                    value.extend(was) if isinstance(value, list) else value.update(was)
+
+
+def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, also of a model that keeps tensors with a history, such as caches."""
+    memo = dict(memo or {})
+    for module in model.modules():
+        for leaf in tree_leaves({k: v for k, v in vars(module).items() if k[0] != "_"}):
+            if isinstance(leaf, Tensor) and not leaf.is_leaf:
+                memo.setdefault(id(leaf), leaf.detach().clone())
+    return copy.deepcopy(model, memo)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -29,6 +29,21 @@ class Refusal(MaskSparsityError):
         """Number of the record that differs; None where the slim model does not run."""
 
 
+def records_now(model: nn.Module, graph: ChannelGraph) -> tuple[Record, ...]:
+    """What a run of the dense model records with the labels that it was traced with."""
+    given = {slot: torch.where(units < 0, graph.units + 1, units + 1)
+             for slot, units in graph.slots.items()}  # fmt: skip
+    tracer = Tracer(model, graph.rules, given)
+    args, kwargs = like(graph.example, model)
+    tracer.run(model, args, kwargs)
+    if graph.training:
+        tracer.run_training(model, args, kwargs)
+    return tuple(
+        r._replace(ids=tuple(ids.reshape(-1) % (graph.units + 1) - 1 for ids in r.ids))
+        for r in tracer.records
+    )
+
+
 def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
     """Raises MaskSparsityError, naming the module, unless every consumer of `slim` reads the
     channels that `keep` leaves of what it read in the traced model, in the same order."""

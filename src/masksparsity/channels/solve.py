@@ -1,0 +1,260 @@
+"""From the labels that a forward left behind to the channels that live and die together.
+
+Labels that met are one component; components that own the same axes equally often are of one
+pattern, and the components of a pattern are the units of a group.
+"""
+
+from bisect import bisect_right
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import constraints as limits
+from .cost import Layer
+from .groups import ChannelGraph, ChannelGroup
+from .trace import ANONYMOUS, Reason, Slot, Tracer, named_tensors
+
+
+def solve(tracer: Tracer, model: nn.Module, example: Any, batch: int) -> ChannelGraph:
+    """The graph of what `tracer` saw of `model` on inputs of `batch` examples."""
+    component, met = _components(tracer.count, tracer.edges)
+    tracer.pins.append((met, Reason("meets a tensor whose channels are unknown", "", "")))
+    pieces = limits.equal_pieces(tracer.cuts, model)
+    limits.protect_pieces(tracer, pieces, component)
+    tensors = dict(named_tensors(model))
+    axes = _Axes(tracer, component, list(tensors))
+    consumed = torch.cat([axes.consumed(tracer.consumers), component[_cat(tracer.swallowed)]])
+    reasons, verdict = _verdict(tracer, component, consumed)
+    first = axes.first(tracer.producers, component, met)
+    alive, leader = _in_order(axes.pattern(verdict, len(reasons)), first, 2 * axes.total)
+    unit = torch.full((tracer.count,), -1)
+    unit[alive] = torch.arange(len(alive))
+
+    # Most operations hand labels on as they are: each array is mapped once, and all in one go.
+    arrays = axes.arrays
+    seen = {id(ids): ids for record in tracer.records for ids in record.ids}
+    seen |= {id(ids): ids for p in tracer.products for ids in (p.outputs, p.inputs)}
+    number = {key: arrays.add(ids) for key, ids in seen.items()}
+    mapped = unit[component[_cat(arrays.flat)]].split(arrays.lengths().tolist())
+    units_of = {key: mapped[k] for key, k in number.items()}
+    slots = {slot: mapped[k] for slot, k in zip(axes.slots, axes.array, strict=True)}
+
+    def to_units(ids: Tensor) -> Tensor:
+        return unit[component[ids.reshape(-1)]].view(ids.shape)
+
+    why = [reasons[k] if k >= 0 else None for k in verdict[alive].tolist()]
+    free = torch.tensor([*(reason is None for reason in why), False])
+    return ChannelGraph(
+        groups=_groups(tracer, axes, unit, leader, why, slots),
+        slots=slots,
+        norms=tuple(tracer.norms.values()),
+        producers=frozenset(tracer.producers & tracer.slots.keys()),
+        exposed=frozenset(tracer.exposed & tracer.producers & tracer.slots.keys()),
+        consumers=frozenset(tracer.consumers),
+        behind={n: mean for n, mean in tracer.behind.items() if (n, 0) not in tracer.exposed},
+        constraints=limits.constraints(pieces, to_units, free),
+        cuts=tuple(
+            c._replace(whole=to_units(c.whole), pieces=tuple(map(to_units, c.pieces)))
+            for c in tracer.cuts
+        ),
+        training=tracer.trained,
+        records=tuple(
+            r._replace(ids=tuple(units_of[id(ids)] for ids in r.ids)) for r in tracer.records
+        ),
+        layers=tuple(
+            Layer(p.module, p.factor / batch, units_of[id(p.outputs)], units_of[id(p.inputs)])
+            for p in tracer.products
+        ),
+        shapes={name: tensor.shape for name, tensor in tensors.items()},
+        parameters=frozenset(n for n, t in tensors.items() if isinstance(t, nn.Parameter)),
+        example=example,
+        rules=tracer.rules,
+    )
+
+
+class _Axes:
+    """Every index of every labelled axis, in state-dict order, with its component.
+
+    Axes that share one array of labels (the vectors of a norm, the weight behind it) are looked at
+    once.
+    """
+
+    def __init__(self, tracer: Tracer, component: Tensor, names: list[str]):
+        order = {name: k for k, name in enumerate(names)}
+        self.slots = sorted(tracer.slots, key=lambda slot: (order[slot[0]], slot[1]))
+        self.arrays = _Arrays()
+        self.array = [self.arrays.add(tracer.slots[slot]) for slot in self.slots]
+        self.sharing: list[list[int]] = [[] for _ in self.arrays.flat]
+        for k, array in enumerate(self.array):
+            self.sharing[array].append(k)
+        self.entries = component[_cat(self.arrays.flat)]
+        self.lengths = self.arrays.lengths()
+        self.array_of = torch.repeat_interleave(torch.arange(len(self.sharing)), self.lengths)
+        *self.begins, self.total = accumulate(
+            (len(tracer.slots[slot]) for slot in self.slots), initial=0
+        )
+
+    def consumed(self, consumers: set[Slot]) -> Tensor:
+        """The components that a product sums over."""
+        chosen = torch.zeros(len(self.sharing), dtype=torch.bool)
+        chosen[[k for k, s in zip(self.array, self.slots, strict=True) if s in consumers]] = True
+        return self.entries[chosen[self.array_of]]
+
+    def pattern(self, verdict: Tensor, reasons: int) -> Tensor:
+        """A number per component: the sum of a random one for each index that it owns, the same
+        for all indices of an axis, and of one for the reason why it is protected."""
+        generator = torch.Generator().manual_seed(0)
+        size = (len(self.slots) + 1 + reasons,)
+        hashes = torch.randint(-(2**62), 2**62, size, generator=generator)
+        why = hashes[len(self.slots) :][verdict + 1]
+        per_array = torch.zeros_like(self.lengths).index_add(
+            0, torch.tensor(self.array).long(), hashes[: len(self.slots)]
+        )
+        return why.index_add(0, self.entries, per_array[self.array_of])
+
+    def first(self, producers: set[Slot], component: Tensor, met: Tensor) -> Tensor:
+        """Where each component comes first: at a producer, or, behind all those, where it is read;
+        twice the number of indices where nowhere."""
+        never = 2 * self.total
+        begin = torch.tensor(self.begins).long()
+        begin[[slot not in producers for slot in self.slots]] += self.total
+        begin = torch.full_like(self.lengths, never).scatter_reduce(
+            0, torch.tensor(self.array).long(), begin, "amin"
+        )
+        within = self.lengths.cumsum(0) - self.lengths
+        rank = (begin - within)[self.array_of] + torch.arange(len(self.entries))
+        first = torch.full_like(component, never).scatter_reduce(0, self.entries, rank, "amin")
+        # What is only read, and from nowhere (the network's input), is no channel.
+        foreign = torch.zeros_like(component, dtype=torch.bool)
+        foreign[component[met]] = True
+        first[foreign & (first >= self.total)] = never
+        first[component[ANONYMOUS]] = never
+        return first
+
+
+def _in_order(pattern: Tensor, first: Tensor, never: int) -> tuple[Tensor, Tensor]:
+    """The components that are channels, group by group as their first producers come in the state
+    dict; and for each where its group comes first."""
+    alive = (first < never).nonzero().squeeze(1)
+    _, group = torch.unique(pattern[alive], return_inverse=True)
+    leader = torch.full_like(alive, never).scatter_reduce(0, group, first[alive], "amin")[group]
+    order = torch.argsort(leader * (never + 1) + first[alive])
+    return alive[order], leader[order]
+
+
+def _groups(
+    tracer: Tracer,
+    axes: _Axes,
+    unit: Tensor,
+    leader: Tensor,
+    why: list[Reason | None],
+    slots: dict[Slot, Tensor],
+) -> tuple[ChannelGroup, ...]:
+    _, sizes = torch.unique_consecutive(leader, return_counts=True)
+    belongs = torch.repeat_interleave(torch.arange(len(sizes)), sizes)  # unit -> group
+    owned = unit[axes.entries]
+    width = len(axes.sharing)
+    pairs = belongs[owned[owned >= 0]] * width + axes.array_of[owned >= 0]
+    parts: list[list[Slot]] = [[] for _ in sizes]
+    for pair in torch.bincount(pairs).nonzero().squeeze(1).tolist():
+        parts[pair // width] += [axes.slots[k] for k in axes.sharing[pair % width]]
+    scaled_by = {norm.weight: norm.module for norm in tracer.norms.values()}
+    order = {slot: k for k, slot in enumerate(axes.slots)}
+    groups: list[ChannelGroup] = []
+    taken: set[str] = set()
+    start = 0
+    for size, part in zip(sizes.tolist(), parts, strict=True):
+        part.sort(key=order.__getitem__)
+        maker, _ = axes.slots[bisect_right(axes.begins, int(leader[start]) % axes.total) - 1]
+        module, _, _ = maker.rpartition(".")
+        groups.append(
+            ChannelGroup(
+                name=_unique(module or maker, taken),
+                size=size,
+                start=start,
+                reason=why[start],
+                scales=tuple(scaled_by[name] for name, _ in part if name in scaled_by),
+                slots={slot: slots[slot] for slot in part},
+            )
+        )
+        start += size
+    return tuple(groups)
+
+
+def _components(count: int, edges: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The smallest label that each label is connected with: int64 [count]; and the labels that
+    meet anonymous ones, which connect nothing."""
+    label = torch.arange(count)
+    if not edges:
+        return label, label[:0]
+    pairs = [torch.broadcast_tensors(a, b) for a, b in edges]
+    a = torch.cat([x.reshape(-1) for x, _ in pairs])
+    b = torch.cat([y.reshape(-1) for _, y in pairs])
+    known = (a != ANONYMOUS) & (b != ANONYMOUS)
+    met = torch.maximum(a, b)[~known]
+    met = met[met != ANONYMOUS]
+    a, b = a[known], b[known]
+    while True:
+        # Hook the larger root of every edge on the smaller, then shorten all paths to their roots.
+        x, y = label[a], label[b]
+        apart = x != y
+        if not apart.any():
+            return label, met
+        a, b, x, y = a[apart], b[apart], x[apart], y[apart]
+        label.scatter_reduce_(0, torch.maximum(x, y), torch.minimum(x, y), "amin")
+        while not torch.equal(label, shorter := label[label]):
+            label = shorter
+
+
+def _verdict(tracer: Tracer, component: Tensor, consumed: Tensor) -> tuple[list[Reason], Tensor]:
+    """Why each component is protected: the reasons, and an index into them or -1."""
+    unread = Reason("no known operation consumes these channels", "", "")
+    reasons = list(dict.fromkeys([*(reason for _, reason in tracer.pins), unread]))
+    number = {reason: k for k, reason in enumerate(reasons)}
+    pins = len(tracer.pins)
+    order = torch.repeat_interleave(
+        torch.arange(pins), torch.tensor([i.numel() for i, _ in tracer.pins], dtype=torch.int64)
+    )
+    where = component[_cat([ids for ids, _ in tracer.pins])]
+    # The first reason given is the one that stays.
+    first = torch.full_like(component, pins).scatter_reduce(0, where, order, "amin")
+    verdict = torch.tensor([number[r] for _, r in tracer.pins] + [number[unread]])[first]
+    read = torch.zeros_like(component, dtype=torch.bool)
+    read[consumed] = True
+    return reasons, verdict.masked_fill_((first == pins) & read, -1)
+
+
+class _Arrays:
+    """Flat arrays of labels, each once, whatever number of tensors share its memory."""
+
+    def __init__(self) -> None:
+        self.flat: list[Tensor] = []
+        self.numbers: dict[tuple[int, int, tuple[int, ...]], int] = {}
+
+    def add(self, ids: Tensor) -> int:
+        ids = ids.reshape(-1)
+        number = self.numbers.setdefault(
+            (ids.data_ptr(), ids.numel(), ids.stride()), len(self.flat)
+        )
+        if number == len(self.flat):
+            self.flat.append(ids)
+        return number
+
+    def lengths(self) -> Tensor:
+        return torch.tensor([ids.numel() for ids in self.flat], dtype=torch.int64)
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    """All elements of many small index tensors: one operation on them instead of one on each."""
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *(part.reshape(-1) for part in parts)])
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    candidate, k = name, 1
+    while candidate in taken:
+        k += 1
+        candidate = f"{name}#{k}"
+    taken.add(candidate)
+    return candidate
