@@ -65,7 +65,7 @@ class Attention(nn.Module):
         self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
+        n, _, h, w = x.shape
         tokens = self.qkv(x.flatten(2).transpose(1, 2))
         tokens = tokens.view(n, h * w, 3, self.heads, self.head_dim)
         q, k, v = tokens.permute(2, 0, 3, 1, 4).unbind(0)

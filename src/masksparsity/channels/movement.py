@@ -347,6 +347,27 @@ def index(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool
     t.set(out, result)
 
 
+def embedding(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """Rows of a table."""
+    table, places = args[:2]
+    found = t.labels(table)
+    lost = [*t.labels(places), *(m for m in found if 0 in m.axes)]
+    t.expose(lost)
+    t.pin(lost, "channels are picked by an index")
+    t.set(out, [m._replace(ids=m.ids.reshape([1] * places.ndim + [-1]), axes=frozenset({places.ndim}))
+                for m in found if m.axes == {1}])  # fmt: skip
+
+
+def as_strided(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """Another memory format of the same tensor; anything else is not followed."""
+    x = args[0]
+    same = x.shape == out.shape and x.storage_offset() == out.storage_offset()
+    if same and all(n == 1 or x.stride(a) == out.stride(a) for a, n in enumerate(x.shape)):
+        _movement(_same, True)(t, op, (x,), {}, out, inplace)
+    else:
+        t.unknown(args, kwargs, out)
+
+
 def _join(
     t: Tracer, out: Tensor, dim: int, shapes: list[torch.Size], found: list[tuple[Labels, ...]]
 ) -> None:
@@ -392,6 +413,7 @@ def pad(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) 
 
 RULES["cat"], RULES["stack"], RULES["index"] = cat, stack, index
 RULES["constant_pad_nd"] = pad
+RULES["embedding"], RULES["as_strided"] = embedding, as_strided
 
 
 _FEW = 64  # values of a tensor made in forward that are compared

@@ -51,6 +51,7 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
     if groups > 1:
         t.cut(ids.view(1, -1), ())
     t.consumers |= t.in_slots(weight, into)
+    known = sources or outputs.any()
     if bias is not None:
         t.meet(bias, 0, outputs)
         sources |= t.in_slots(bias, 0)
@@ -61,8 +62,7 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
     inputs = ids.view(groups, -1)[0] if weight.shape[1] > 1 or groups == 1 else ids[:1] * 0
     t.products.append(Product(t.module, positions, outputs, inputs))
     # A lone or unknown channel is no channel: it may be broadcast over others.
-    labels = [_channel_axis(outputs, out.ndim, clean, sources)] if outputs.any() else []
-    t.set(out, labels)
+    t.set(out, [_channel_axis(outputs, out.ndim, clean, sources)] if known else ())
 
 
 def _only_along(t: Tracer, x: Tensor, axis: int) -> None:
@@ -145,7 +145,9 @@ def attention(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: boo
     everything = [m for ms in found for m in ms]
     t.record(everything, [scale, args[0].shape[1]])
     t.expose(everything)
-    t.pin([m for m in everything if last not in m.axes or 2 in m.axes], "no channels of attention")
+    masks = [m for a in (*args[3:], *kwargs.values()) if isinstance(a, Tensor) for m in t.labels(a)]
+    odd = [m for m in everything if last not in m.axes or 2 in m.axes]
+    t.pin([*odd, *masks], "no channels of attention")
     queries, keys, values = ([m for m in ms if last in m.axes] for ms in found)
     if len(queries) != 1 or len(keys) != 1 or args[0].shape[1] != args[1].shape[1]:
         t.pin([*queries, *keys], "meets a tensor whose channels are unknown")
@@ -179,7 +181,7 @@ def _channel_axis(ids: Tensor, ndim: int, clean: bool, sources: frozenset) -> La
 )
 def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
     x, weight, bias, *statistics = args[:5]
-    _only_along(t, x, 1)
+    t.pin([m for m in t.labels(x) if 1 not in m.axes], "normalised over channels")
     ids, seen = t.read(x, 1)
     t.record([seen] if seen else [])
     for tensor in (weight, bias, *statistics):

@@ -461,13 +461,21 @@ def numbers(args: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(a for a in args if isinstance(a, (int, float)))
 
 
+# What every module has and no forward writes.
+_HOOKS = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}
+
+
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """What forward writes into its modules (a cache, a counter) is undone."""
     kept = []
     for module in model.modules():
         state = vars(module)
-        inner = [(v, v.copy()) for v in state.values() if isinstance(v, (dict, list, set))]
+        inner = [
+            (v, v.copy())
+            for k, v in state.items()
+            if k not in _HOOKS and isinstance(v, (dict, list, set))
+        ]
         kept.append((state, state.copy(), inner))
     try:
         yield
