@@ -354,8 +354,9 @@ def embedding(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: 
     lost = [*t.labels(places), *(m for m in found if 0 in m.axes)]
     t.expose(lost)
     t.pin(lost, "channels are picked by an index")
-    t.set(out, [m._replace(ids=m.ids.reshape([1] * places.ndim + [-1]), axes=frozenset({places.ndim}))
-                for m in found if m.axes == {1}])  # fmt: skip
+    last, before = frozenset({places.ndim}), [1] * places.ndim
+    passing = [m for m in found if m.axes == {1}]
+    t.set(out, [m._replace(ids=m.ids.reshape([*before, -1]), axes=last) for m in passing])
 
 
 def as_strided(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:

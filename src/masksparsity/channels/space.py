@@ -100,13 +100,15 @@ def softmax(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bo
     found = t.labels(x)
     t.record(found)
     t.expose(found)
-    over = [m for m in found if axis in m.axes]
-    for m in over:
-        if len(m.axes) > 1:  # over paths or radixes, channel by channel
-            _alike(t, m, [axis])
-        else:
+    result = []
+    for m in found:
+        if m.axes == {axis}:
             t.pin(m.ids, "softmax over channels")
-    t.set(out, [m._replace(clean=False, sources=frozenset()) for m in found])
+            continue
+        if axis in m.axes:  # over paths or radixes, channel by channel
+            _alike(t, m, [axis])
+        result.append(m._replace(clean=False, sources=frozenset()))
+    t.set(out, result)
 
 
 RULES["_softmax"] = RULES["_log_softmax"] = softmax

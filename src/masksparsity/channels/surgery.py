@@ -86,8 +86,10 @@ def _settle(model: nn.Module, slim: nn.Module, graph: ChannelGraph, keep: KeepMa
         prove(slim, graph, keep)
         return
     except Refusal:
-        # What the model cached since it was traced has no labels: trace it as it is now.
-        graph = replace(graph, records=records_now(model, graph))
+        # What the model cached since it was traced has no labels, and what it does may depend on
+        # values: trace it as it is now, and with the values that the slim model has.
+        masked = apply_mask(model, graph, keep)
+        graph = replace(graph, records=records_now(masked, graph))
     try:
         prove(slim, graph, keep)
     except Refusal:
@@ -95,7 +97,7 @@ def _settle(model: nn.Module, slim: nn.Module, graph: ChannelGraph, keep: KeepMa
         if not changed:
             raise
         prove(slim, graph, keep)
-        _compare(apply_mask(model, graph, keep), slim, graph)
+        _compare(masked, slim, graph)
         known = getattr(slim, WRITTEN_DOWN, {})
         names = {*known, *changed}
         merged = {name: {**known.get(name, {}), **changed.get(name, {})} for name in names}
