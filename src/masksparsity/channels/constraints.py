@@ -8,16 +8,13 @@ the module, and can follow.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .errors import MaskSparsityError
 from .trace import Cut, Reason, Tracer
-
-if TYPE_CHECKING:
-    from .groups import ChannelGraph
 
 _MANY = 4096  # pieces: so many are no pieces of channels
 
@@ -68,9 +65,9 @@ def repair(constraints: Iterable[Equal], keep: Tensor, score: Tensor | None = No
     return keep
 
 
-def check(graph: "ChannelGraph", keep: Tensor) -> None:
+def check(constraints: Iterable[Equal], keep: Tensor) -> None:
     """Refuse a mask that breaks a constraint, naming the module."""
-    for constraint in graph.constraints:
+    for constraint in constraints:
         # A slice may be written down as well as read off the axis: the proof sees.
         if constraint.operation != "slice" and not constraint.satisfied(keep):
             raise MaskSparsityError(
@@ -148,7 +145,7 @@ def constraints(
     return tuple(found.values())
 
 
-def follow(slim: nn.Module, graph: "ChannelGraph", keep: Tensor) -> dict[str, dict[str, Any]]:
+def follow(slim: nn.Module, cuts: Iterable[Cut], keep: Tensor) -> dict[str, dict[str, Any]]:
     """Set the lengths that are written down in attributes of `slim`'s modules, as far as they are
     the lengths of pieces that the module takes. Returns what it set: module -> attribute -> value.
 
@@ -157,7 +154,7 @@ def follow(slim: nn.Module, graph: "ChannelGraph", keep: Tensor) -> dict[str, di
     """
     changed: dict[str, dict[str, Any]] = {}
     modules = dict(slim.named_modules())
-    for name, lengths in _lengths(graph.cuts, keep).items():
+    for name, lengths in _lengths(cuts, keep).items():
         if type(modules[name]).__module__.startswith("torch.nn."):
             continue
         for attribute, old in list(vars(modules[name]).items()):

@@ -6,14 +6,11 @@ everything that is a parameter, norms included, but no buffers.
 """
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .groups import ChannelGraph
-    from .mask import KeepMask
 
 
 class Cost(NamedTuple):
@@ -40,13 +37,19 @@ class Counter:
     cost depends on: one small matrix product per mask.
     """
 
-    def __init__(self, graph: "ChannelGraph"):
-        self.sizes = torch.tensor([g.size for g in graph.groups], dtype=torch.float64)
-        layers, slots = graph.layers, graph.slots
+    def __init__(
+        self,
+        sizes: Collection[int],
+        layers: Collection[Layer],
+        slots: Mapping[tuple[str, int], Tensor],
+        shapes: Mapping[str, torch.Size],
+    ):
+        """`sizes` of the groups, `slots` of all labelled axes, `shapes` of all parameters."""
+        self.sizes = torch.tensor(sizes, dtype=torch.float64)
         rows = [x for layer in layers for x in (layer.outputs, layer.inputs)] + list(slots.values())
         lengths = torch.tensor([len(r) for r in rows], dtype=torch.int64)
         row_of = torch.repeat_interleave(torch.arange(len(rows)), lengths)
-        width = len(graph.groups) + 1  # the last column: indices of no group
+        width = len(sizes) + 1  # the last column: indices of no group
         group_of = torch.repeat_interleave(torch.arange(width - 1), self.sizes.long())
         group_of = torch.cat([group_of, torch.tensor([width - 1])])
         column = group_of[torch.cat([torch.zeros(0, dtype=torch.int64), *rows])]
@@ -58,8 +61,7 @@ class Counter:
         # Each parameter is a constant times the lengths of its (at most three) labelled axes.
         row = {slot: k for k, slot in enumerate(slots)}
         constants, factors = [], []
-        for name in graph.parameters:
-            shape = graph.shapes[name]
+        for name, shape in shapes.items():
             labelled = [a for a in range(len(shape)) if (name, a) in row]
             constants.append(shape.numel() / max(1, math.prod(shape[a] for a in labelled)))
             factors.append(([row[name, a] for a in labelled] + [len(slots)] * 3)[:3])
@@ -78,8 +80,3 @@ class Counter:
         axes = torch.cat([self.lengths(kept)[self.layers :], torch.ones(1, dtype=torch.float64)])
         params = self.constants @ axes[self.factors].prod(1)
         return Cost(round(float(self.macs_per_layer(kept).sum())), round(float(params)))
-
-
-def count(graph: "ChannelGraph", keep: "KeepMask | None" = None) -> Cost:
-    """The cost of the dense network, or of what `keep` leaves of it."""
-    return graph.counter(graph.counter.sizes if keep is None else keep.kept)

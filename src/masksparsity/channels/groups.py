@@ -3,18 +3,23 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import constraints as limits
-from .cost import Cost, Counter, Layer, count
+from .cost import Cost, Counter, Layer
 from .errors import MaskSparsityError
 from .trace import Cut, Norm, Reason, Record, Rule, Slot, named_tensors, unwrap
 
-if TYPE_CHECKING:
-    from .mask import KeepMask
+
+class Kept(Protocol):
+    """What costs need of a `KeepMask`, which knows graphs itself."""
+
+    @property
+    def kept(self) -> Tensor:
+        """int64 [groups]: how many units each group keeps."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +110,16 @@ class ChannelGraph:
 
     @cached_property
     def counter(self) -> Counter:
-        return Counter(self)
+        shapes = {name: self.shapes[name] for name in sorted(self.parameters)}
+        return Counter([group.size for group in self.groups], self.layers, self.slots, shapes)
 
     @property
     def units(self) -> int:
         return sum(group.size for group in self.groups)
 
-    def cost(self, keep: "KeepMask | None" = None) -> Cost:
+    def cost(self, keep: Kept | None = None) -> Cost:
         """MACs and parameters, dense or under a mask, without building the slim model."""
-        return count(self, keep)
+        return self.counter(self.counter.sizes if keep is None else keep.kept)
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model of another shape than the traced one, naming the first difference."""

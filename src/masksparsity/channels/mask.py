@@ -1,16 +1,14 @@
 """KeepMask: which channels of a graph stay. True = stays, everywhere."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .constraints import repair
 from .errors import MaskSparsityError
-
-if TYPE_CHECKING:
-    from .groups import ChannelGraph
+from .groups import ChannelGraph
 
 
 class KeepMask:
@@ -30,7 +28,7 @@ class KeepMask:
     load: ClassVar[Callable]
     from_original: ClassVar[Callable]
 
-    def __init__(self, graph: "ChannelGraph", keep: Mapping[str, Tensor] | None = None):
+    def __init__(self, graph: ChannelGraph, keep: Mapping[str, Tensor] | None = None):
         self.graph = graph
         self.units = torch.ones(graph.units, dtype=torch.bool)
         self.origin: dict[str, object] = {}
@@ -84,7 +82,7 @@ class KeepMask:
 
     @classmethod
     def from_norms(
-        cls, graph: "ChannelGraph", keep: Mapping[str, Tensor], tie: str = "vote"
+        cls, graph: ChannelGraph, keep: Mapping[str, Tensor], tie: str = "vote"
     ) -> "KeepMask":
         """A mask from one bool per BatchNorm channel.
 

@@ -62,7 +62,7 @@ def prune(
                 f"the mask removes all {group.size} channels of {group.name}; keep at least one "
                 "(selectors: min_keep=1)"
             )
-    limits.check(graph, keep.units)
+    limits.check(graph.constraints, keep.units)
     tensors = dict(named_tensors(model))
     if absorb is not None:
         model, keep = hand_over(model, graph, keep, absorb)
@@ -93,7 +93,7 @@ def _settle(model: nn.Module, slim: nn.Module, graph: ChannelGraph, keep: KeepMa
     try:
         prove(slim, graph, keep)
     except Refusal:
-        changed = limits.follow(slim, graph, keep.units)
+        changed = limits.follow(slim, graph.cuts, keep.units)
         if not changed:
             raise
         prove(slim, graph, keep)
