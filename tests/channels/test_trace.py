@@ -264,3 +264,18 @@ def test_networks_without_channels_have_no_groups(model):
     graph = ms.trace(model, X)
     assert graph.groups == ()
     assert isinstance(ms.prune(model, graph, ms.KeepMask(graph)), type(model))
+
+
+def test_tied_layers_go_together():
+    model = ms.models.create("resnet20")
+    x = torch.randn(1, 3, 32, 32)
+    layers = ("layer1.0.conv1", "layer1.1.conv1")
+    graph = ms.trace(model, x, tie=(layers,))
+    assert len(graph.groups) == len(ms.trace(model, x).groups) - 1
+    keep = ms.KeepMask(graph, {layers[0]: torch.arange(16) > 3})
+    slim = ms.prune(model, graph, keep)
+    assert [slim.get_submodule(name).out_channels for name in layers] == [12, 12]
+    with pytest.raises(ms.MaskSparsityError, match="different widths"):
+        ms.trace(model, x, tie=(("layer1.0.conv1", "layer2.0.conv1"),))
+    with pytest.raises(ms.MaskSparsityError, match="'layer9'"):
+        ms.trace(model, x, tie=(("layer9", "layer1.0.conv1"),))

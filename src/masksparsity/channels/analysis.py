@@ -11,7 +11,7 @@ from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .probe import protect_what_is_refused
 from .solve import solve
-from .trace import Rule, Tracer, arguments, batch_size, unwrap
+from .trace import Rule, Slot, Tracer, arguments, batch_size, unwrap
 
 
 def trace(
@@ -19,6 +19,7 @@ def trace(
     example_inputs: Any,
     *,
     protect: tuple[str, ...] = (),
+    tie: tuple[tuple[str, ...], ...] = (),
     rules: Mapping[str, Rule] | None = None,
 ) -> ChannelGraph:
     """Find the coupled channels of `model` by one forward on `example_inputs`.
@@ -27,12 +28,13 @@ def trace(
         example_inputs: a tensor, a tuple or list of inputs, or a dict of keyword inputs, on the
             model's device; costs are per example of its first axis.
         protect: names of modules or parameters whose channels stay, or prefixes of names.
+        tie: names of layers, tuple by tuple, whose channels go together, index by index.
         rules: rows to add to the table of operations: ATen name without suffix -> function, as in
             `masksparsity.channels.rules`.
 
     Raises:
-        MaskSparsityError: if the model does not run on `example_inputs`, or a name of `protect` is
-            not in it.
+        MaskSparsityError: if the model does not run on `example_inputs`, a name of `protect` or
+            `tie` is not in it, or tied layers have different widths.
 
     The model, its mode and the random state stay as they were. Inside DistributedDataParallel and
     `torch.compile` the bare network is traced.
@@ -49,19 +51,30 @@ def trace(
     if tracer.untouched():
         tracer.run_training(model, args, kwargs)
     for name in protect:
-        _protect(tracer, name)
+        tracer.operation = "protect="
+        for slot in _made_by(tracer, name):
+            tracer.pin(tracer.slots[slot], "protected by the caller")
+    for names in tie:
+        _tie(tracer, names)
     graph = partial(solve, tracer, model, (args, kwargs), batch_size(args, kwargs))
     if not any(cut.pieces for cut in tracer.cuts):
         return graph()
     return protect_what_is_refused(tracer, model, graph)
 
 
-def _protect(tracer: Tracer, name: str) -> None:
-    slots = [s for s in tracer.producers if s[0] == name or s[0].startswith(f"{name}.")]
-    if not slots:
+def _tie(tracer: Tracer, names: tuple[str, ...]) -> None:
+    arrays = [tracer.slots[slot] for name in names for slot in _made_by(tracer, name)]
+    if len({len(ids) for ids in arrays}) > 1:
+        raise MaskSparsityError(f"tie: the layers {', '.join(names)} have different widths")
+    for ids in arrays[1:]:
+        tracer.unite(ids, arrays[0])
+
+
+def _made_by(tracer: Tracer, name: str) -> list[Slot]:
+    """The axes of channels that a layer, a parameter or all layers under a prefix make."""
+    found = [s for s in tracer.producers if s[0] == name or s[0].startswith(f"{name}.")]
+    if not found:
         raise MaskSparsityError(
-            f"protect: no layer named {name!r} in this model; print(graph) shows the names"
+            f"no layer named {name!r} makes channels in this model; print(graph) shows the names"
         )
-    tracer.operation = "protect="
-    for slot in slots:
-        tracer.pin(tracer.slots[slot], "protected by the caller")
+    return sorted(found)

@@ -1,6 +1,6 @@
 """Precise BatchNorm statistics: measured over given batches instead of remembered from training."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,11 @@ from .errors import MaskSparsityError
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Set running means and variances to their plain average over `batches` of inputs, in place.
+def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) -> int:
+    """Set running means and variances to their plain average over `batches`, in place.
 
-    Returns the number of batches. Other modules stay in eval mode meanwhile; modes are restored.
+    A batch is a tensor of inputs, or a sequence that begins with one, as loaders give it. Returns
+    the number of batches. Other modules stay in eval mode meanwhile; modes are restored.
     A layer that sees its batch more than once in a forward counts each time.
     """
     norms = [
@@ -25,13 +26,13 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
     count = 0
     try:
         model.eval()
-        for images in batches:
+        for batch in batches:
             if not count:  # not before there is something to measure
                 for norm in norms:
                     norm.reset_running_stats()
                     norm.momentum = None  # cumulative average
                     norm.training = True
-            model(images)
+            model(batch if isinstance(batch, Tensor) else batch[0])
             count += 1
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
