@@ -15,7 +15,6 @@ import argparse
 import collections
 import json
 import multiprocessing
-import platform
 import sys
 import tempfile
 import time
@@ -23,9 +22,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torchvision
+from machine import about
 from torch import Tensor, nn
 from zoo import build, calibrate, forward, names
 
@@ -197,6 +195,7 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=600, help="seconds per network")
     parser.add_argument("--peer", action="store_true", help="Torch-Pruning beside it")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     rows: dict[str, dict[str, Any]] = {}
     if options.out.exists() and options.resume:
         rows = {r["name"]: r for r in map(json.loads, options.out.read_text().splitlines())}
@@ -215,14 +214,11 @@ def main() -> int:
             options.out.write_text(text)
     tally = collections.Counter(row["status"] for row in rows.values())
     summary = ", ".join(f"{count} {status}" for status, count in tally.most_common())
-    about = (
-        f"python {' '.join(sys.argv)}\ntorch {torch.__version__}, torchvision "
-        f"{torchvision.__version__}, timm {timm.__version__}; {platform.processor() or 'CPU'}, "
-        f"1 thread\n{len(rows)} networks: {summary}\n"
-    )
-    print(about)
+    conditions = "; ".join(about("torchvision", "timm").values())
+    heading = f"{conditions}\n{len(rows)} networks: {summary}\n"
+    print(heading)
     if options.table:
-        options.table.write_text(about + "".join(line(r) + "\n" for r in rows.values()))
+        options.table.write_text(heading + "".join(line(r) + "\n" for r in rows.values()))
     return int(any(row["status"] not in GOOD for row in rows.values()))
 
 

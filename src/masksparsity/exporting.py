@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .channels.errors import MaskSparsityError
-from .channels.trace import arguments, batch_size, evaluating, unwrap
+from .channels.network import arguments, batch_size, evaluating, unwrap
 from .files import atomic
 
 Inputs = tuple[tuple, dict]

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .mask import KeepMask
-from .trace import duplicate, evaluating, like, named_tensors
+from .network import duplicate, evaluating, like, named_tensors
 
 Constants = dict[str, tuple[int, Tensor]]
 """Consumer -> its input axis, and [groups, length]: the constant of every removed index, else 0."""

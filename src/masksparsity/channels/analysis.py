@@ -9,9 +9,10 @@ from torch import nn
 from . import rules as table
 from .errors import MaskSparsityError
 from .groups import ChannelGraph
+from .network import arguments, batch_size, unwrap
 from .probe import protect_what_is_refused
 from .solve import solve
-from .trace import Rule, Slot, Tracer, arguments, batch_size, unwrap
+from .trace import Rule, Slot, Tracer
 
 
 def trace(

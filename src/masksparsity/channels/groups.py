@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from . import constraints as limits
 from .cost import Cost, Counter, Layer
 from .errors import MaskSparsityError
-from .trace import Cut, Norm, Reason, Record, Rule, Slot, named_tensors, unwrap
+from .network import named_tensors, unwrap
+from .trace import Cut, Norm, Reason, Record, Rule, Slot
 
 
 class Kept(Protocol):

@@ -5,6 +5,7 @@ operations and one `torch._foreach_*` call however many layers there are. It rea
 the host, and leaves skipped steps of a GradScaler skipped.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import Any
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .mask import KeepMask
-from .trace import named_tensors, unwrap
+from .network import named_tensors, unwrap
 
 
 class _Vector:
@@ -54,7 +55,7 @@ class _Vector:
         return torch.cat([part * factor for part, factor in zip(parts, factors, strict=True)])
 
 
-class Penalty:
+class Penalty(ABC):
     """What the three forms share: the parameters, where they are masked, and the optimizer."""
 
     tensors: dict[str, Tensor]
@@ -113,9 +114,9 @@ class Penalty:
     def _register(self, optimizer: Optimizer) -> Any:
         return optimizer.register_step_post_hook(lambda *_: self.apply())
 
+    @abstractmethod
     def apply(self) -> None:
         """One application, for loops that have their own place for it."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .errors import MaskSparsityError
 from .groups import ChannelGraph
-from .trace import unwrap
+from .network import unwrap
 
 Scores = dict[str, Tensor]
 

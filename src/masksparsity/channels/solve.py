@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from . import constraints as limits
 from .cost import Layer
 from .groups import ChannelGraph, ChannelGroup
-from .trace import ANONYMOUS, Reason, Slot, Tracer, named_tensors
+from .network import named_tensors
+from .trace import ANONYMOUS, Reason, Slot, Tracer
 
 
 def solve(tracer: Tracer, model: nn.Module, example: Any, batch: int) -> ChannelGraph:

@@ -14,7 +14,7 @@ from .absorb import absorb as hand_over
 from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .mask import KeepMask
-from .trace import duplicate, evaluating, like, named_tensors, unwrap
+from .network import duplicate, evaluating, like, named_tensors, unwrap
 from .verify import Refusal, prove, records_now
 
 

@@ -8,8 +8,6 @@ in `rules.py`; what it does not know is protected.
 """
 
 import contextlib
-import copy
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -17,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from .errors import MaskSparsityError
+from .network import at_least_two, eager, evaluating, named_tensors, tensors_in, unchanged
 
 Slot = tuple[str, int]
 """One axis of one parameter or buffer: (name in the model, axis)."""
@@ -317,12 +315,12 @@ class Tracer(TorchDispatchMode):
 
     def unknown(self, args: Any, kwargs: Any, out: Any) -> None:
         """Protect all that flows in; what comes out has no channels that we know."""
-        found = [m for t in _tensors((args, kwargs)) for m in self.labels(t)]
+        found = [m for t in tensors_in((args, kwargs)) for m in self.labels(t)]
         if found or numbers(args):
             self.record(found, numbers(args))
         self.expose(found)
         self.pin(found, "unknown operation")
-        for tensor in _tensors(out):
+        for tensor in tensors_in(out):
             self.set(tensor, ())
             self.blank(tensor, False)
 
@@ -343,7 +341,7 @@ class Tracer(TorchDispatchMode):
         fails (for want of targets, say) nothing has been learnt."""
         tensors = list(named_tensors(model))
         buffers = [(t, t.clone()) for _, t in tensors if not isinstance(t, nn.Parameter)]
-        args, kwargs = tree_map(_at_least_two, (args, kwargs))
+        args, kwargs = tree_map(at_least_two, (args, kwargs))
         kept = (self.edges, self.pins, self.records, self.products, self.swallowed, self.cuts)
         lengths = [len(part) for part in kept]
         try:
@@ -363,9 +361,9 @@ class Tracer(TorchDispatchMode):
     def run(self, model: nn.Module, args: tuple, kwargs: dict, training: bool = False) -> Any:
         """One forward in eval mode without gradients; model, RNG and mode stay as they were."""
         with (
-            _unchanged(model),
+            unchanged(model),
             evaluating(model, training),
-            _eager(),
+            eager(),
             torch.no_grad(),
             _module_stack(self),
             _Escapes(self),
@@ -373,11 +371,11 @@ class Tracer(TorchDispatchMode):
         ):
             out = model(*args, **kwargs)
         self.operation = "output"
-        found = [m for t in _tensors(out) for m in self.labels(t)]
+        found = [m for t in tensors_in(out) for m in self.labels(t)]
         self.record(found)
         self.expose(found)
         self.pin(found, "model output")
-        for tensor in _tensors(out):
+        for tensor in tensors_in(out):
             for key in (_LABELS, _VIEWED, _BLANK):
                 if hasattr(tensor, key):
                     delattr(tensor, key)
@@ -412,28 +410,6 @@ class _Escapes(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """Eval (or train) mode; modes and random state are restored afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    tensors = named_tensors(model) if torch.cuda.is_initialized() else ()
-    devices = {t.device for _, t in tensors if t.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
-            for module, _ in modes:
-                module.training = training
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-
-
-def _eager() -> contextlib.AbstractContextManager:
-    """Compiled parts of a model run as they were written."""
-    compiler = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
 def _module_stack(tracer: Tracer) -> Iterator[None]:
     def enter(module: nn.Module, args: Any) -> None:
         tracer.stack.append(tracer.paths.get(id(module), tracer.module))
@@ -459,107 +435,6 @@ def numbers(args: Iterable[Any]) -> tuple[Any, ...]:
     """Python's numbers among the arguments of an operation: they may follow from a width, and then
     change with it. Sizes, which come in lists, follow by right."""
     return tuple(a for a in args if isinstance(a, (int, float)))
-
-
-# What every module has and no forward writes.
-_HOOKS = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}
-
-
-@contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """What forward writes into its modules (a cache, a counter) is undone."""
-    kept = []
-    for module in model.modules():
-        state = vars(module)
-        inner = [
-            (v, v.copy())
-            for k, v in state.items()
-            if k not in _HOOKS and isinstance(v, (dict, list, set))
-        ]
-        kept.append((state, state.copy(), inner))
-    try:
-        yield
-    finally:
-        for state, before, inner in kept:
-            if state.keys() != before.keys() or any(state[k] is not before[k] for k in before):
-                state.clear()
-                state.update(before)
-            for value, was in inner:
-                if len(value) != len(was) or isinstance(value, list):
-                    value.clear()
-                    value.extend(was) if isinstance(value, list) else value.update(was)
-
-
-def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy, also of a model that keeps tensors with a history, such as caches."""
-    memo = dict(memo or {})
-    for module in model.modules():
-        for leaf in tree_leaves({k: v for k, v in vars(module).items() if k[0] != "_"}):
-            if isinstance(leaf, Tensor) and not leaf.is_leaf:
-                memo.setdefault(id(leaf), leaf.detach().clone())
-    return copy.deepcopy(model, memo)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside data-parallel wrappers and `torch.compile`, which share its tensors."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
-
-
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, each once, in state-dict order."""
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield f"{prefix}.{name}" if prefix else name, tensor
-
-
-def arguments(example_inputs: Any) -> tuple[tuple, dict]:
-    """A tensor, a tuple or list of positional inputs, or a dict of keyword inputs."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    if not isinstance(example_inputs, Tensor):
-        raise MaskSparsityError(
-            f"example_inputs: a tensor, a tuple or a dict, not {type(example_inputs).__name__}"
-        )
-    return (example_inputs,), {}
-
-
-def like(example: tuple[tuple, dict], model: nn.Module) -> tuple[tuple, dict]:
-    """The traced inputs, in the dtype and on the device that the model has now."""
-    first = next(model.parameters(), None)
-    if first is None:
-        return example
-
-    def move(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        return x.to(first.device, first.dtype if x.is_floating_point() else x.dtype)
-
-    return tree_map(move, example)
-
-
-def batch_size(args: tuple, kwargs: dict) -> int:
-    """The length of the first axis of the first input tensor."""
-    first = next(_tensors((args, kwargs)), None)
-    return max(1, first.shape[0]) if first is not None and first.ndim > 1 else 1
-
-
-def _at_least_two(x: Any) -> Any:
-    return torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim and len(x) == 1 else x
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def _along(ids: Tensor, axis: int, ndim: int) -> Tensor:

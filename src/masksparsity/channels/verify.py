@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .mask import KeepMask
-from .trace import Record, Tracer, like
+from .network import like
+from .trace import Record, Tracer
 
 
 class Refusal(MaskSparsityError):

@@ -14,8 +14,8 @@ from safetensors.torch import save as encode
 from torch import nn
 
 from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.channels.network import named_tensors, unwrap
 from masksparsity.channels.surgery import WRITTEN_DOWN, rebuild
-from masksparsity.channels.trace import named_tensors, unwrap
 from masksparsity.models.registry import Constructor, constructor
 
 from . import atomic

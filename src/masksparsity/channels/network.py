@@ -1,0 +1,136 @@
+"""A user's network and its inputs: named, copied, run, and left as they were."""
+
+import contextlib
+import copy
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .errors import MaskSparsityError
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, each once, in state-dict order."""
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside data-parallel wrappers and `torch.compile`, which share its tensors."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, also of a model that keeps tensors with a history, such as caches."""
+    memo = dict(memo or {})
+    for module in model.modules():
+        for leaf in tree_leaves({k: v for k, v in vars(module).items() if k[0] != "_"}):
+            if isinstance(leaf, Tensor) and not leaf.is_leaf:
+                memo.setdefault(id(leaf), leaf.detach().clone())
+    return copy.deepcopy(model, memo)
+
+
+def arguments(example_inputs: Any) -> tuple[tuple, dict]:
+    """A tensor, a tuple or list of positional inputs, or a dict of keyword inputs."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if not isinstance(example_inputs, Tensor):
+        raise MaskSparsityError(
+            f"example_inputs: a tensor, a tuple or a dict, not {type(example_inputs).__name__}"
+        )
+    return (example_inputs,), {}
+
+
+def like(example: tuple[tuple, dict], model: nn.Module) -> tuple[tuple, dict]:
+    """The traced inputs, in the dtype and on the device that the model has now."""
+    first = next(model.parameters(), None)
+    if first is None:
+        return example
+
+    def move(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return x.to(first.device, first.dtype if x.is_floating_point() else x.dtype)
+
+    return tree_map(move, example)
+
+
+def batch_size(args: tuple, kwargs: dict) -> int:
+    """The length of the first axis of the first input tensor."""
+    first = next(tensors_in((args, kwargs)), None)
+    return max(1, first.shape[0]) if first is not None and first.ndim > 1 else 1
+
+
+def at_least_two(x: Any) -> Any:
+    return torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim and len(x) == 1 else x
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Eval (or train) mode; modes and random state are restored afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    tensors = named_tensors(model) if torch.cuda.is_initialized() else ()
+    devices = {t.device for _, t in tensors if t.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            for module, _ in modes:
+                module.training = training
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def eager() -> contextlib.AbstractContextManager:
+    """Compiled parts of a model run as they were written."""
+    compiler = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext()
+
+
+# What every module has and no forward writes.
+_HOOKS = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """What forward writes into its modules (a cache, a counter) is undone."""
+    kept = []
+    for module in model.modules():
+        state = vars(module)
+        inner = [
+            (v, v.copy())
+            for k, v in state.items()
+            if k not in _HOOKS and isinstance(v, (dict, list, set))
+        ]
+        kept.append((state, state.copy(), inner))
+    try:
+        yield
+    finally:
+        for state, before, inner in kept:
+            if state.keys() != before.keys() or any(state[k] is not before[k] for k in before):
+                state.clear()
+                state.update(before)
+            for value, was in inner:
+                if len(value) != len(was) or isinstance(value, list):
+                    value.clear()
+                    value.extend(was) if isinstance(value, list) else value.update(was)
