@@ -38,10 +38,10 @@ def names(library: str, only: str | None) -> list[str]:
     return [name for _, name in sorted(set(smallest.values()))]
 
 
-def build(library: str, name: str) -> tuple[nn.Module, tuple]:
+def build(library: str, name: str, smallest: int = 64) -> tuple[nn.Module, tuple]:
     """The network, and inputs of the smallest size that it accepts."""
     frames: tuple[int, ...] = ()
-    sizes: tuple[int, ...] = SIZES
+    sizes = tuple(size for size in SIZES if size >= smallest)
     if library == "timm":
         model = timm.create_model(name)
         about = timm.get_pretrained_cfg(name)
@@ -90,7 +90,7 @@ def calibrate(model: nn.Module, inputs: tuple) -> None:
 def targets(x: Tensor) -> list[dict[str, Tensor]]:
     """What torchvision's detectors want while they train."""
     box = torch.tensor([[4.0, 4.0, 40.0, 40.0]], dtype=x.dtype)
-    keypoints = torch.tensor([[[10.0, 10.0, 1.0]] * 17], dtype=x.dtype)
+    keypoints = torch.tensor([[[10.0, 10.0, 1.0]] * 17])  # torchvision wants single precision
     label, mask = torch.ones(1, dtype=torch.int64), torch.ones(1, *x.shape[-2:], dtype=torch.uint8)
     return [{"boxes": box, "labels": label, "masks": mask, "keypoints": keypoints}] * len(x)
 

@@ -27,6 +27,13 @@ class Equal(NamedTuple):
     pieces: Tensor
     """int64 [pieces, length]: units, -1 for what is of no group."""
 
+    def __str__(self) -> str:
+        number, length = self.pieces.shape
+        return (
+            f"{self.operation} in {self.module or 'the model itself'}: "
+            f"{number} pieces of {length} channels keep equal counts"
+        )
+
     def counts(self, keep: Tensor) -> Tensor:
         """int64 [pieces]: how many channels of each piece stay under `keep` (bool per unit)."""
         return _kept(keep, self.pieces).sum(1)

@@ -148,6 +148,7 @@ class ChannelGraph:
             read = [f"{s.tensor}" for s in group.slices if (s.tensor, s.axis) in self.consumers]
             lines.append(repr(group))
             lines.append(f"    made by {_some(made)}; read by {_some(read)}")
+        lines += [str(constraint) for constraint in self.constraints]
         return "\n".join(lines)
 
 

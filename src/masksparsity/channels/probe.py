@@ -64,7 +64,7 @@ def _protect(tracer: Tracer, model: nn.Module, refusal: Refusal, reach: int) -> 
     then all in the module around it, and so on. False if there is nothing more to protect."""
     modules = dict(model.named_modules())
     why = f"code that does not follow other widths: {refusal.why}"[:160]
-    reason = Reason(why, refusal.operation, refusal.module)
+    reason = Reason(why, refusal.operation or "forward", refusal.module)
     kind = type(modules.get(refusal.module))
     alike = {n for n, m in modules.items() if type(m) is kind and n} | {refusal.module}
     if reach == 1 and refusal.record is not None:
