@@ -66,7 +66,9 @@ def _protect(tracer: Tracer, model: nn.Module, refusal: Refusal, reach: int) -> 
     why = f"code that does not follow other widths: {refusal.why}"[:160]
     reason = Reason(why, refusal.operation or "forward", refusal.module)
     kind = type(modules.get(refusal.module))
-    alike = {n for n, m in modules.items() if type(m) is kind and n} | {refusal.module}
+    alike = {refusal.module}
+    if not kind.__module__.startswith("torch.nn"):
+        alike |= {name for name, module in modules.items() if type(module) is kind and name}
     if reach == 1 and refusal.record is not None:
         parts = list(tracer.records[refusal.record].ids)
     elif reach <= 2:  # what is written in one module is written in all of its kind
