@@ -75,12 +75,14 @@ def check(library: str, name: str, row: dict[str, Any], smallest: int = 64) -> N
     row["status"] = "nothing to prune"
     if not graph.prunable:
         return
+    keep = random_mask(graph)
+    if keep.units.all():  # groups of one channel
+        return
     row["status"] = "calibration crashes"
     dtype = torch.float64 if row["params"] < HEAVY else torch.float32
     model, inputs = model.to(dtype), tuple(x.to(dtype) for x in inputs)
     calibrate(model, inputs)
     row["status"] = "prune crashes"
-    keep = random_mask(graph)
     start = time.perf_counter()
     try:
         slim = ms.prune(model, graph, keep)
@@ -217,6 +219,11 @@ def main() -> int:
             options.out.write_text(text)
     tally = collections.Counter(row["status"] for row in rows.values())
     summary = ", ".join(f"{count} {status}" for status, count in tally.most_common())
+    theirs = [row["peer"] for row in rows.values() if "peer" in row]
+    if theirs:
+        runs = sum(peer != "crashes" for peer in theirs)
+        trains = sum(peer.endswith("parameters") for peer in theirs)
+        summary += f"; Torch-Pruning: {runs} of {len(theirs)} run afterwards, {trains} train"
     conditions = "; ".join(about("torchvision", "timm").values())
     heading = f"{conditions}\n{len(rows)} networks: {summary}\n"
     print(heading)
