@@ -12,6 +12,7 @@ arm trains B+S+M+F epochs in all, the mask's source (S) counted to MaskSparsity 
     scratch    our slim architecture from random weights for B+S+M+F
     published  MaskSparsity: subgradient on the masked scales for M, removal, finetuning for F
     ours       the recipe as it stands: scheduled decay for M, removal, finetuning for F
+    at-once    ours with all masked channels decaying at once instead of in turn (ablation)
 
 Last epoch everywhere. Goes on from what is complete under --runs; flags after the recipe go to its
 config. Writes results/RECIPE-table.txt and .json.
@@ -92,13 +93,16 @@ class Arms:
         return self._row(work, {"finetuned": execute(work, "scratch")}, "BSMF", self.mask)
 
     def published(self) -> Row:
-        return self._masked("published", "masked-l1")
+        return self._masked("published", penalty="masked-l1")
 
     def ours(self) -> Row:
-        return self._masked("ours", self.config.mask_sparsify.penalty)
+        return self._masked("ours")
 
-    def _masked(self, name: str, penalty: Any) -> Row:
-        phase = replace(self.config.mask_sparsify, penalty=penalty)
+    def at_once(self) -> Row:
+        return self._masked("at-once", penalty="decay", decay_span=1.0)
+
+    def _masked(self, name: str, **settings: Any) -> Row:
+        phase = replace(self.config.mask_sparsify, **settings)
         given = {"weights": self.dense, "mask": self.mask}
         execute(self._work(name, given, mask_sparsify=phase), "mask-sparsify")
         weights = self.out / name / "mask-sparsify/model.safetensors"
@@ -160,6 +164,7 @@ ARMS: dict[str, Callable[[Arms], Row]] = {
     "scratch": Arms.scratch,
     "published": Arms.published,
     "ours": Arms.ours,
+    "at-once": Arms.at_once,
 }
 
 

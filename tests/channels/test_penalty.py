@@ -140,18 +140,24 @@ def test_proximal_is_the_soft_threshold(bound):
         torch.testing.assert_close(gamma.detach(), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("span", [0.25, 1.0])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_scheduled_decay_arrives_on_time_and_stays(bound, optimizer):
+def test_scheduled_decay_arrives_on_time_and_stays(bound, optimizer, span):
     model, graph, keep = bound
+    with torch.no_grad():  # an order to go in
+        for gamma, _, _ in masked_scales(model, keep):
+            gamma.copy_(torch.rand(len(gamma)) + 0.5)
     opt = OPTIMIZERS[optimizer](model.parameters())
-    penalty = ms.ScheduledDecay(model, graph, keep, steps=10)
+    penalty = ms.ScheduledDecay(model, graph, keep, steps=10, span=span)
     penalty.attach(opt)
     starts = [gamma.detach().abs() for gamma, _, _ in masked_scales(model, keep)]
     for k in range(1, 16):
         step(model, opt)
-        cap = max(0.0, 1 - k / 10)
         for (gamma, _, masked), start in zip(masked_scales(model, keep), starts, strict=True):
-            assert (gamma[masked].abs() <= cap * start[masked] * (1 + 1e-6)).all()
+            rank = torch.argsort(torch.argsort(start[masked]))
+            begin = (1 - span) * rank / max(1, int(masked.sum()) - 1)
+            cap = (1 - (k / 10 - begin) / span).clamp(0, 1) * start[masked]
+            assert (gamma[masked].abs() <= cap * (1 + 1e-5) + 1e-6 * (k < 10)).all()
     model.eval()
     with torch.no_grad():  # nothing left to remove: as trained, masked and slim are one function
         slim = ms.prune(model, graph, keep, optimizer=opt)
@@ -250,6 +256,10 @@ def test_mistakes_are_named(bound):
         ms.MaskedL1(model, graph).attach(torch.optim.SGD(model[10].parameters(), 0.1))
     with pytest.raises(ms.MaskSparsityError, match="another model"):
         ms.MaskedL1(nn.Sequential(nn.Conv2d(3, 9, 3)), graph)
+    keep = random_mask(graph, 1)
+    for wrong in ({"steps": 0}, {"steps": 9, "span": 0.0}, {"steps": 9, "span": 1.5}):
+        with pytest.raises(ms.MaskSparsityError, match="steps"):
+            ms.ScheduledDecay(model, graph, keep, **wrong)
     model[1].weight.requires_grad_(False)
     with pytest.raises(ms.MaskSparsityError, match=r"1.weight is frozen"):
         ms.MaskedL1(model, graph)

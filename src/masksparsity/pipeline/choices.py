@@ -54,4 +54,4 @@ def create_penalty(
             return ms.Proximal(model, graph, keep, strength=config.strength)
         case "decay":
             by = max(1, round(config.decay_fraction * steps))
-            return ms.ScheduledDecay(model, graph, keep, steps=by)
+            return ms.ScheduledDecay(model, graph, keep, steps=by, span=config.decay_span)

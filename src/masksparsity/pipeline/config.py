@@ -74,6 +74,9 @@ class MaskSparsifyConfig(Phase):
     """Sparsity factor of masked-l1 and proximal."""
     decay_fraction: float = 0.5
     """decay: share of the phase by which the masked channels are zero."""
+    decay_span: float = 0.25
+    """decay: share of that which one channel takes; they go in turn, the weakest first. 1: all at
+    once."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
