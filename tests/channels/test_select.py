@@ -103,6 +103,19 @@ def test_ignore_leaves_layers_whole(bound):
     assert keep["conv1"].all()
 
 
+def test_max_pruned_limits_layers(bound):
+    model, graph = bound
+    scores = ms.scores.scale(model, graph)
+    keep = ms.select.fraction(graph, scores, 0.4, max_pruned=0.5)
+    assert all(v.float().mean() >= 0.5 for _, v in keep.items())
+    shares = {"layer3": 0.25, "layer3.1.conv1": 0.1, "": 0.9}
+    keep = ms.select.budget(graph, scores, pruned_macs=0.4, max_pruned=shares)
+    assert keep["layer3.1.conv1"].sum() >= 58  # of 64
+    assert all(v.float().mean() >= 0.75 for n, v in keep.items() if n.startswith("layer3"))
+    assert all(v.float().mean() >= 0.1 for _, v in keep.items())
+    assert any(v.float().mean() < 0.5 for _, v in keep.items())
+
+
 def test_taylor_leaves_the_model_alone(bound):
     model, graph = bound
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -120,6 +133,10 @@ def test_mistakes_are_named(bound):
         ms.select.budget(graph, scores, pruned_macs=0.99, min_keep=8)
     with pytest.raises(ms.MaskSparsityError, match="'layer9'"):
         ms.select.fraction(graph, scores, 0.5, ignore=("layer9",))
+    with pytest.raises(ms.MaskSparsityError, match="'layer9'"):
+        ms.select.fraction(graph, scores, 0.5, max_pruned={"layer9": 0.5})
+    with pytest.raises(ms.MaskSparsityError, match=r"max_pruned of all is 1\.5"):
+        ms.select.fraction(graph, scores, 0.5, max_pruned=1.5)
     with pytest.raises(ms.MaskSparsityError, match=r"pruned_macs=1\.5"):
         ms.select.budget(graph, scores, pruned_macs=1.5)
     with pytest.raises(ms.MaskSparsityError, match="one budget"):

@@ -1,21 +1,33 @@
 """Scores -> KeepMask.
 
-All selectors take `min_keep` (units that every group keeps at least), `round_to` (groups keep a
-multiple of it, where they are long enough) and `ignore` (groups, or prefixes of names, to leave
-whole). These take part in the choice. Where a group would lose more than it may, its units with
-the highest scores stay; of equal scores the first stay.
+All selectors take `Limits`, which take part in the choice. Where a group would lose more than it
+may, its units with the highest scores stay; of equal scores the first stay.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypedDict, Unpack
 
 import torch
-from torch import Tensor
 
 from .errors import MaskSparsityError
 from .groups import ChannelGraph, ChannelGroup
 from .mask import KeepMask
 from .scores import Scores
+
+
+class Limits(TypedDict, total=False):
+    """What no choice may overstep."""
+
+    min_keep: int
+    """Units that every group keeps at least; 1 if not given."""
+    round_to: int
+    """Groups keep a multiple of this many, where they are long enough; 1 if not given."""
+    ignore: tuple[str, ...]
+    """Groups, or prefixes of names of layers, to leave whole."""
+    max_pruned: float | Mapping[str, float]
+    """Share of its units that a group may lose, in [0, 1]; or the shares of some, by name like
+    `ignore`. Of several that fit a group the smallest counts."""
 
 
 class _Ranking:
@@ -25,23 +37,35 @@ class _Ranking:
         self,
         graph: ChannelGraph,
         scores: Scores,
-        min_keep: int,
-        round_to: int,
-        ignore: tuple[str, ...],
+        *,
+        min_keep: int = 1,
+        round_to: int = 1,
+        ignore: tuple[str, ...] = (),
+        max_pruned: float | Mapping[str, float] = 1.0,
     ):
         if min_keep < 1 or round_to < 1:
             raise MaskSparsityError("min_keep and round_to are at least 1")
-        for name in (*scores, *ignore):
+        shares = dict(max_pruned) if isinstance(max_pruned, Mapping) else {"": max_pruned}
+        shares |= dict.fromkeys(ignore, 0.0)
+        for name in (*scores, *shares):
             known = graph.by_name if name in scores else _modules(graph)
             if name not in known:
                 raise MaskSparsityError(
                     f"no layer or channel group named {name!r} in this model; "
                     "print(graph) lists the groups"
                 )
-        self.graph, self.min_keep, self.round_to = graph, min_keep, round_to
-        self.groups = [
-            g for g in graph.prunable if g.name in scores and not _ignored(graph, g, ignore)
-        ]
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise MaskSparsityError(f"max_pruned of {name or 'all'} is {share}: not in [0, 1]")
+        self.graph, self.round_to = graph, round_to
+        self.groups = [g for g in graph.prunable if g.name in scores]
+        self.least = {
+            g.name: max(
+                min(min_keep, g.size), g.size - math.floor(_share_of(g, graph, shares) * g.size)
+            )
+            for g in self.groups
+        }
+        self.groups = [g for g in self.groups if self.least[g.name] < g.size]
         for group in self.groups:
             values = scores[group.name]
             if tuple(values.shape) != (group.size,) or not values.isfinite().all():
@@ -59,7 +83,7 @@ class _Ranking:
         """The mask that leaves about `count[group]` of each group's best units."""
         kept = {}
         for group in self.groups:
-            n = max(min(self.min_keep, group.size), count[group.name])
+            n = max(self.least[group.name], count[group.name])
             kept[group.name] = self.order[group.name] < min(
                 group.size, math.ceil(n / self.round_to) * self.round_to
             )
@@ -70,67 +94,55 @@ def threshold(
     graph: ChannelGraph,
     scores: Scores,
     threshold: float = 0.01,
-    *,
-    min_keep: int = 1,
-    round_to: int = 1,
-    ignore: tuple[str, ...] = (),
+    **limits: Unpack[Limits],
 ) -> KeepMask:
     """Units whose score is under `threshold` go (the original's rule and value)."""
-    ranking = _Ranking(graph, scores, min_keep, round_to, ignore)
+    ranking = _Ranking(graph, scores, **limits)
     kept = ranking.keep({n: int((s >= threshold).sum()) for n, s in ranking.scores.items()})
-    return _from(kept, "threshold", threshold=threshold)
+    return _from(kept, "threshold", threshold=threshold, **limits)
 
 
 def optimal(
     graph: ChannelGraph,
     scores: Scores,
     energy: float = 1e-4,
-    *,
-    min_keep: int = 1,
-    round_to: int = 1,
-    ignore: tuple[str, ...] = (),
+    **limits: Unpack[Limits],
 ) -> KeepMask:
     """Optimal thresholding (arXiv 2003.04566): in every group the smallest scores go that together
     hold at most the share `energy` of the group's sum of squares."""
-    ranking = _Ranking(graph, scores, min_keep, round_to, ignore)
+    ranking = _Ranking(graph, scores, **limits)
     count = {}
     for name, values in ranking.scores.items():
         squares = values.double().sort().values ** 2
         count[name] = len(squares) - int((squares.cumsum(0) <= energy * squares.sum()).sum())
-    return _from(ranking.keep(count), "optimal", energy=energy)
+    return _from(ranking.keep(count), "optimal", energy=energy, **limits)
 
 
 def uniform(
     graph: ChannelGraph,
     scores: Scores,
     fraction: float,
-    *,
-    min_keep: int = 1,
-    round_to: int = 1,
-    ignore: tuple[str, ...] = (),
+    **limits: Unpack[Limits],
 ) -> KeepMask:
     """The same pruned fraction in every group, nearest number of units."""
     _share("fraction", fraction)
-    ranking = _Ranking(graph, scores, min_keep, round_to, ignore)
+    ranking = _Ranking(graph, scores, **limits)
     count = {g.name: g.size - math.floor(fraction * g.size + 0.5) for g in ranking.groups}
-    return _from(ranking.keep(count), "uniform", fraction=fraction)
+    return _from(ranking.keep(count), "uniform", fraction=fraction, **limits)
 
 
 def fraction(
     graph: ChannelGraph,
     scores: Scores,
     fraction: float,
-    *,
-    min_keep: int = 1,
-    round_to: int = 1,
-    ignore: tuple[str, ...] = (),
+    **limits: Unpack[Limits],
 ) -> KeepMask:
     """The lowest scores of the whole network go until this fraction of its units is pruned."""
     _share("fraction", fraction)
-    ranking = _Ranking(graph, scores, min_keep, round_to, ignore)
+    ranking = _Ranking(graph, scores, **limits)
     masks, units = _nested(ranking)
     kept = _smallest(masks, units, lambda m: m.pruned_fraction >= fraction, f"fraction {fraction}")
-    return _from(kept, "fraction", fraction=fraction)
+    return _from(kept, "fraction", fraction=fraction, **limits)
 
 
 def budget(
@@ -141,9 +153,7 @@ def budget(
     pruned_params: float | None = None,
     pruned_latency: float | None = None,
     latency: Callable[[KeepMask], float] | None = None,
-    min_keep: int = 1,
-    round_to: int = 1,
-    ignore: tuple[str, ...] = (),
+    **limits: Unpack[Limits],
 ) -> KeepMask:
     """The lowest scores of the whole network go until this share of the cost does.
 
@@ -172,7 +182,7 @@ def budget(
         raise MaskSparsityError("pruned_latency needs latency=, a function that measures a mask")
     measure = cost
     _share(f"pruned_{what}", share)
-    ranking = _Ranking(graph, scores, min_keep, round_to, ignore)
+    ranking = _Ranking(graph, scores, **limits)
     dense = measure(KeepMask(graph))
     masks, units = _nested(ranking)
 
@@ -184,10 +194,10 @@ def budget(
         masks,
         units,
         lambda mask: removed(mask) >= share,
-        f"pruned_{what}={share}: at most {most:.4f} can go with min_keep={min_keep}, "
-        f"round_to={round_to} and what is protected or ignored; ask for less",
+        f"pruned_{what}={share}: at most {most:.4f} can go under {limits or 'no limits'} and "
+        "what is protected; ask for less",
     )
-    return _from(kept, "budget", **{f"pruned_{what}": share, "round_to": round_to})
+    return _from(kept, "budget", **{f"pruned_{what}": share, **limits})
 
 
 def _nested(ranking: _Ranking) -> tuple[Callable[[int], KeepMask], int]:
@@ -221,7 +231,7 @@ def _smallest(
     return masks(high)
 
 
-def _from(mask: KeepMask, selector: str, **settings: Tensor | float) -> KeepMask:
+def _from(mask: KeepMask, selector: str, **settings: object) -> KeepMask:
     mask.origin = {"selector": selector, **settings}
     return mask
 
@@ -232,16 +242,22 @@ def _share(name: str, value: float) -> None:
 
 
 def _modules(graph: ChannelGraph) -> set[str]:
-    """All names and prefixes of names in the graph."""
-    names: set[str] = set()
+    """All names and prefixes of names in the graph, the empty one included."""
+    names = {""}
     for name in (*graph.shapes, *graph.by_name):
         parts = name.split(".")
         names |= {".".join(parts[: k + 1]) for k in range(len(parts))}
     return names
 
 
-def _ignored(graph: ChannelGraph, group: ChannelGroup, ignore: tuple[str, ...]) -> bool:
-    if not ignore:
-        return False
-    makers = [s.tensor for s in group.slices if (s.tensor, s.axis) in graph.producers]
-    return any(t == i or t.startswith(f"{i}.") for t in [group.name, *makers] for i in ignore)
+def _share_of(group: ChannelGroup, graph: ChannelGraph, shares: Mapping[str, float]) -> float:
+    """The smallest of the shares whose names fit the group or a layer that makes its channels."""
+    slices = group.slices if any(shares) else ()  # they cost a search
+    makers = [s.tensor for s in slices if (s.tensor, s.axis) in graph.producers]
+    names = [f".{name}." for name in (group.name, *makers)]
+    fitting = [
+        share
+        for prefix, share in shares.items()
+        if any(name.startswith(f".{prefix}." if prefix else ".") for name in names)
+    ]
+    return min(fitting, default=1.0)

@@ -1,11 +1,11 @@
 """From settings to a mask and to a penalty."""
 
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 import masksparsity as ms
+from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.channels.penalty import Penalty
 from masksparsity.pipeline.config import MaskConfig, MaskSparsifyConfig
 
@@ -21,10 +21,11 @@ def choose_mask(config: MaskConfig, model: nn.Module, graph: ms.ChannelGraph) ->
     if config.file:
         return read_mask(config.file, graph)
     scores = getattr(ms.scores, config.scores)(model, graph)
-    limits: dict[str, Any] = {
+    limits: ms.select.Limits = {
         "round_to": config.round_to,
         "min_keep": config.min_keep,
         "ignore": config.ignore,
+        "max_pruned": _shares(config.max_pruned),
     }
     match config.select:
         case "budget":
@@ -37,6 +38,17 @@ def choose_mask(config: MaskConfig, model: nn.Module, graph: ms.ChannelGraph) ->
             return ms.select.fraction(graph, scores, config.pruned_fraction, **limits)
         case "uniform":
             return ms.select.uniform(graph, scores, config.pruned_fraction, **limits)
+
+
+def _shares(settings: tuple[str, ...]) -> dict[str, float]:
+    """SHARE or LAYER=SHARE, each."""
+    try:
+        pairs = [setting.rpartition("=") for setting in settings]
+        return {layer: float(share) for layer, _, share in pairs}
+    except ValueError:
+        raise MaskSparsityError(
+            f"mask.max_pruned: {' '.join(settings)!r} is not a share or LAYER=SHARE"
+        ) from None
 
 
 def create_penalty(

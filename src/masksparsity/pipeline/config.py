@@ -62,6 +62,8 @@ class MaskConfig:
     """Keep at least this many channels of every group."""
     ignore: tuple[str, ...] = ()
     """Layers to leave whole."""
+    max_pruned: tuple[str, ...] = ()
+    """SHARE, or LAYER=SHARE for each of some layers: what a layer may lose of its channels."""
 
 
 @dataclass(frozen=True, kw_only=True)
