@@ -4,8 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.train import dist
 from masksparsity.train.config import Phase, TrainConfig
-from masksparsity.train.step import Step, create_optimizer
+from masksparsity.train.step import Step, create_optimizer, step_mode
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_twenty_steps_equal_a_plain_loop(network: Callable[[], nn.Module]) -> None:
@@ -42,3 +46,38 @@ def test_autocast_keeps_scales_in_float32(network: Callable[[], nn.Module]) -> N
     step(torch.randn(16, 1, 8, 8), torch.zeros(16, dtype=torch.long), 0.1)
     assert all(p.dtype == torch.float32 for p in model.parameters())
     assert model[1].running_mean.dtype == torch.float32
+
+
+def test_auto_captures_on_a_single_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert step_mode("auto", CPU) == "eager"
+    assert step_mode("auto", CUDA) == step_mode("graph", CUDA) == "graph"
+    monkeypatch.setattr(dist, "size", lambda: 2)
+    assert step_mode("auto", CUDA) == "eager"
+    with pytest.raises(MaskSparsityError, match="one process"):
+        step_mode("graph", CUDA)
+
+
+def test_graph_on_a_cpu_says_what_to_do(network: Callable[[], nn.Module]) -> None:
+    model = network()
+    optimizer = create_optimizer(model, Phase(epochs=1, lr=0.1))
+    with pytest.raises(MaskSparsityError, match=r"needs a GPU.*use auto"):
+        Step(model, optimizer, TrainConfig(step="graph"))
+
+
+def test_the_rate_may_be_a_tensor(network: Callable[[], nn.Module]) -> None:
+    """As on CUDA, where a captured step reads it."""
+    found = []
+    for tensor in (False, True):
+        model = network()
+        optimizer = create_optimizer(model, Phase(epochs=1, lr=0.1))
+        if tensor:
+            optimizer.param_groups[0]["lr"] = rate = torch.tensor(0.1)
+        step = Step(model, optimizer, TrainConfig(amp=False))
+        torch.manual_seed(0)
+        for k in range(5):
+            step(torch.randn(16, 1, 8, 8), torch.randint(4, (16,)), 0.1 / (1 + k))
+        found.append(model.state_dict())
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == pytest.approx(0.02)
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-6, atol=1e-7)

@@ -18,6 +18,9 @@ class TrainConfig:
     """Train under bfloat16 autocast; scales, shifts and statistics stay float32."""
     label_smoothing: float = 0.0
     """Share of the target that goes to the other classes."""
+    step: Literal["auto", "eager", "compile", "graph"] = "auto"
+    """How a step runs: as written, compiled, or captured as one CUDA graph; auto captures on a
+    single GPU. Captured is the same to the bit; compiled rounds otherwise."""
     log_every: int = 50
     """Steps between two looks at the loss, each of which waits for the device."""
 

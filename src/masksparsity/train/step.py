@@ -1,11 +1,16 @@
-"""One training step: forward, loss, backward, penalty, optimizer."""
+"""One training step: forward, loss, backward, penalty, optimizer; eager, compiled or captured."""
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.train import dist
 from masksparsity.train.config import Phase, TrainConfig
+from masksparsity.train.graph import Captured, CaptureStream
 
 
 def create_optimizer(model: nn.Module, phase: Phase) -> torch.optim.SGD:
@@ -21,11 +26,31 @@ def create_optimizer(model: nn.Module, phase: Phase) -> torch.optim.SGD:
     )
 
 
+def step_mode(asked: str, device: torch.device) -> str:
+    """`asked`, or what it stands for on `device` if it is "auto".
+
+    Raises:
+        MaskSparsityError: that is not possible here.
+    """
+    # Collectives between processes stay outside of captures.
+    capturable = device.type == "cuda" and dist.size() == 1
+    if asked == "auto":
+        return "graph" if capturable else "eager"
+    if asked == "graph" and not capturable:
+        raise MaskSparsityError(
+            "--train.step graph needs a GPU, and one process alone: use auto, eager or compile"
+        )
+    return asked
+
+
 class Step:
     """Trains on one batch per call, and keeps count on the device.
 
     The penalty, if any, is attached to the optimizer. Nothing is read back to the host until
-    `read`.
+    `read`. What `config.step` says holds for batches of the first one's shape; others run eagerly.
+
+    Raises:
+        MaskSparsityError: `config.step` is not possible on the device of `model`.
     """
 
     def __init__(
@@ -37,15 +62,39 @@ class Step:
         self.device = next(model.parameters()).device
         # Sum of the losses, images right, images seen.
         self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.shape: torch.Size | None = None
+        self.eager: Callable[[Tensor, Tensor], None] = partial(self._train, model)
+        self.usual: Callable[[Tensor, Tensor], None] = self.eager
+        match step_mode(config.step, self.device):
+            case "compile":
+                # What earlier stages compiled counts towards the limit of recompilations.
+                torch.compiler.reset()
+                self.usual = partial(self._train, torch.compile(model, dynamic=False))
+            case "graph":
+                self.usual = Captured(self.eager, CaptureStream())
+        if self.device.type == "cuda":
+            # A captured step can only read the rate from the device; eagerly it is rounded alike.
+            for group in optimizer.param_groups:
+                group["lr"] = torch.tensor(float(group["lr"]), device=self.device)
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> None:
-        """Train on `images` at the rate `lr`."""
+        """Train on `images` [B, C, H, W] with `labels` [B] at the rate `lr`."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        self.shape = self.shape or images.shape
+        train = self.usual if images.shape == self.shape else self.eager
+        train(images, labels)
+
+    def _train(self, forward: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> None:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
-            outputs = self.model(images)
+            outputs = forward(images)
         outputs = outputs.float()
         loss = F.cross_entropy(outputs, labels, label_smoothing=self.config.label_smoothing)
+        # To None: a backward pass then writes gradients instead of adding to them, and a captured
+        # one to the graph's own memory, the same at every replay.
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
