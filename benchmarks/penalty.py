@@ -7,7 +7,6 @@ all BatchNorm scales. Half of every layer is masked. The contestants take turns.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torchvision
-from machine import about
+from machine import about, finish, quartiles, tell
 from torch import nn
 
 import masksparsity as ms
@@ -65,7 +64,7 @@ def main() -> int:
     clock = time.process_time if options.cpu_time else time.perf_counter
     facts = {**about("torchvision"), "clock": "CPU time" if options.cpu_time else "wall time"}
     facts |= {"n": str(options.repeats)}
-    print(*(f"{key}: {value}" for key, value in facts.items()), sep="\n")
+    tell(facts)
     print(f"{'net':14}{'penalty':16}{'median ms':>11}{'quartiles':>18}{'ratio':>8}")
     rows = []
     for net, build in NETS.items():
@@ -79,17 +78,13 @@ def main() -> int:
                 if k >= 10:
                     times[name].append(1e3 * (clock() - begin))
         for name, values in times.items():
-            low, middle, high = statistics.quantiles(values, n=4)
+            low, middle, high = quartiles(values)
             ratio = middle / statistics.median(times["plain"])
             rows.append({"net": net, "penalty": name, "median_ms": middle,
                          "quartiles_ms": [low, high], "ratio": ratio})  # fmt: skip
             print(f"{net:14}{name:16}{middle:11.3f}{low:9.3f}{high:9.3f}{ratio:8.2f}")
     missed = [f"{r['penalty']} on {r['net']}" for r in rows if r["ratio"] > RATIO]
-    print(f"over the bar: {', '.join(missed) or 'none'}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**facts, "rows": rows, "missed": missed}, indent=1))
-    return int(bool(missed))
+    return finish(facts, rows, missed, options.json)
 
 
 if __name__ == "__main__":
