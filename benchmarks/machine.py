@@ -50,7 +50,7 @@ def finish(
     facts: dict[str, str], rows: list[dict[str, Any]], missed: list[str], path: Path | None
 ) -> int:
     """Say what missed the bar, write everything to `path` if given, and return the exit status."""
-    print(f"over the bar: {', '.join(missed) or 'none'}")
+    print(f"misses of the bar: {', '.join(missed) or 'none'}")
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**facts, "rows": rows, "missed": missed}, indent=1))
