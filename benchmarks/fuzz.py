@@ -39,14 +39,16 @@ def main() -> int:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(model=networks(), mask=st.integers(0, 2**31))
-    def fuzz(model: nn.Sequential, mask: int) -> None:
+    @given(
+        model=networks(), mask=st.integers(0, 2**31), empty=st.sampled_from((0.0, 0.2))
+    )  # fmt: skip
+    def fuzz(model: nn.Sequential, mask: int, empty: float) -> None:
         nonlocal worst
-        outcome, distance = attempt(model, mask)
+        outcome, distance = attempt(model, mask, empty)
         outcomes[outcome] += 1
         worst = max(worst, distance)
         if outcome == "wrong":
-            print(f"WRONG by {distance:.1e}, mask seed {mask}: {model}")
+            print(f"WRONG by {distance:.1e}, mask seed {mask}, {empty}: {model}")
 
     fuzz()
     print(f"{dict(outcomes)}, largest distance {worst:.1e} of the output's scale")

@@ -138,16 +138,22 @@ def networks(draw: st.DrawFn) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(4 * width, 5))
 
 
-def random_mask(graph: ms.ChannelGraph, seed: int, most: float = 0.8) -> ms.KeepMask:
-    """Another fraction in every group, at least one channel each."""
+def random_mask(
+    graph: ms.ChannelGraph, seed: int, most: float = 0.8, empty: float = 0.0
+) -> ms.KeepMask:
+    """Another fraction in every group, at least one channel each; a share `empty` of the groups
+    goes altogether, as far as the network can do without."""
     generator = torch.Generator().manual_seed(seed)
     keep = {}
     for group in graph.prunable:
         fraction = most * torch.rand((), generator=generator)
         values = torch.rand(group.size, generator=generator) >= fraction
         values[torch.randint(group.size, (), generator=generator)] = True
+        if empty and torch.rand((), generator=generator) < empty:
+            values[:] = False
         keep[group.name] = values
-    return ms.KeepMask(graph, keep)
+    mask = ms.KeepMask(graph, keep)
+    return mask.repaired() if empty else mask
 
 
 def calibrated(model: nn.Module, inputs: Tensor) -> nn.Module:

@@ -86,18 +86,18 @@ def test_a_wrong_mask_is_seen(case):
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(model=networks(), seed=st.integers(0, 2**31))
-def test_random_networks_are_exact_or_refused(model, seed):
-    outcome, distance = attempt(model, seed)
+@given(model=networks(), seed=st.integers(0, 2**31), empty=st.sampled_from((0.0, 0.2)))
+def test_random_networks_are_exact_or_refused(model, seed, empty):
+    outcome, distance = attempt(model, seed, empty)
     assert outcome != "wrong", distance
 
 
-def attempt(model: nn.Module, seed: int) -> tuple[str, float]:
+def attempt(model: nn.Module, seed: int, empty: float) -> tuple[str, float]:
     """Trace, mask and prune: "exact", "refused" or "wrong", and the distance."""
     inputs = torch.randn(2, 3, 8, 8, dtype=torch.double)
     model = calibrated(copy.deepcopy(model), inputs)
     graph = ms.trace(model, inputs)
-    keep = random_mask(graph, seed)
+    keep = random_mask(graph, seed, empty=empty)
     try:
         slim = ms.prune(model, graph, keep)
     except ms.MaskSparsityError:

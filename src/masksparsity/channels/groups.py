@@ -12,6 +12,7 @@ from . import constraints as limits
 from .cost import Cost, Counter, Layer
 from .errors import MaskSparsityError
 from .network import named_tensors, unwrap
+from .silence import Branches
 from .trace import Cut, Norm, Reason, Record, Rule, Slot
 
 
@@ -92,6 +93,7 @@ class ChannelGraph:
     """Traced in train mode as well, since some parameters are used there only."""
     records: tuple[Record, ...]
     layers: tuple[Layer, ...]
+    modules: Mapping[str, type]
     shapes: Mapping[str, torch.Size]
     parameters: frozenset[str]
     example: tuple[tuple, dict]
@@ -113,6 +115,17 @@ class ChannelGraph:
     def counter(self) -> Counter:
         shapes = {name: self.shapes[name] for name in sorted(self.parameters)}
         return Counter([group.size for group in self.groups], self.layers, self.slots, shapes)
+
+    @cached_property
+    def branches(self) -> Branches:
+        reading = {record.module for record in self.records if record.ids}
+        return Branches(
+            self.counter,
+            [group.prunable for group in self.groups],
+            [self.modules.get(tensor.rpartition(".")[0]) for tensor, _ in self.slots],
+            [constraint.pieces for constraint in self.constraints],
+            [layer.module in reading for layer in self.layers],
+        )
 
     @property
     def units(self) -> int:

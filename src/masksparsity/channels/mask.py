@@ -141,12 +141,18 @@ class KeepMask:
 
     def repaired(self, scores: Mapping[str, Tensor] | None = None) -> "KeepMask":
         """The nearest mask that respects the graph's constraints: removed channels come back,
-        those of the highest score first, where a piece has to be as long as others."""
+        those of the highest score first, where a piece has to be as long as others, and one of a
+        group that the network cannot do without."""
         values = torch.zeros(self.graph.units)
         for group in self.graph.groups:
             if scores is not None and group.name in scores:
                 values[group.start : group.start + group.size] = scores[group.name].float()
         mask = self._with(repair(self.graph.constraints, self.units, values))
+        while (missed := self.graph.branches.missed(mask.kept)).any():
+            for k in missed.nonzero().squeeze(1).tolist():
+                group = self.graph.groups[k]
+                span = slice(group.start, group.start + group.size)
+                mask.units[group.start + int(values[span].argmax())] = True
         mask.origin = dict(self.origin)
         return mask
 

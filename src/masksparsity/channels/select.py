@@ -20,7 +20,8 @@ class Limits(TypedDict, total=False):
     """What no choice may overstep."""
 
     min_keep: int
-    """Units that every group keeps at least; 1 if not given."""
+    """Units that every group keeps at least; 1 if not given. With 0 a whole branch may go, where
+    a path around it is left."""
     round_to: int
     """Groups keep a multiple of this many, where they are long enough; 1 if not given."""
     ignore: tuple[str, ...]
@@ -43,8 +44,8 @@ class _Ranking:
         ignore: tuple[str, ...] = (),
         max_pruned: float | Mapping[str, float] = 1.0,
     ):
-        if min_keep < 1 or round_to < 1:
-            raise MaskSparsityError("min_keep and round_to are at least 1")
+        if min_keep < 0 or round_to < 1:
+            raise MaskSparsityError("min_keep is at least 0, round_to at least 1")
         shares = dict(max_pruned) if isinstance(max_pruned, Mapping) else {"": max_pruned}
         shares |= dict.fromkeys(ignore, 0.0)
         for name in (*scores, *shares):
@@ -87,7 +88,11 @@ class _Ranking:
             kept[group.name] = self.order[group.name] < min(
                 group.size, math.ceil(n / self.round_to) * self.round_to
             )
-        return KeepMask(self.graph, kept).repaired(self.scores)
+        mask = KeepMask(self.graph, kept).repaired(self.scores)
+        while not mask.kept.all() and (unheard := self.graph.branches.unheard(mask.kept)).any():
+            useless = {self.graph.groups[k].name for k in unheard.nonzero().flatten().tolist()}
+            mask = KeepMask(self.graph, {n: v & (n not in useless) for n, v in mask.items()})
+        return mask
 
 
 def threshold(

@@ -68,6 +68,7 @@ def solve(tracer: Tracer, model: nn.Module, example: Any, batch: int) -> Channel
             Layer(p.module, p.factor / batch, units_of[id(p.outputs)], units_of[id(p.inputs)])
             for p in tracer.products
         ),
+        modules={name: type(module) for name, module in model.named_modules()},
         shapes={name: tensor.shape for name, tensor in tensors.items()},
         parameters=frozenset(n for n, t in tensors.items() if isinstance(t, nn.Parameter)),
         example=example,

@@ -15,6 +15,7 @@ from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .mask import KeepMask
 from .network import duplicate, evaluating, like, named_tensors, unwrap
+from .silence import silence
 from .verify import Refusal, prove, records_now
 
 
@@ -56,11 +57,11 @@ def prune(
     """
     graph.check(model)
     model = unwrap(model)
-    for group, kept in zip(graph.groups, keep.kept.tolist(), strict=True):
-        if kept == 0:
+    for group, missed in zip(graph.groups, graph.branches.missed(keep.kept), strict=True):
+        if missed:
             raise MaskSparsityError(
-                f"the mask removes all {group.size} channels of {group.name}; keep at least one "
-                "(selectors: min_keep=1)"
+                f"the mask removes all {group.size} channels of {group.name}, which the network "
+                "cannot do without; keep.repaired() lets one back in"
             )
     limits.check(graph.constraints, keep.units)
     tensors = dict(named_tensors(model))
@@ -162,6 +163,7 @@ def _conv(old: Any, new: Any) -> None:
         new.groups = outputs * old.groups // old.out_channels
         inputs = 1
     new.out_channels, new.in_channels = outputs, inputs * new.groups
+    silence(new)
 
 
 def _conv_transpose(old: Any, new: Any) -> None:
@@ -170,12 +172,14 @@ def _conv_transpose(old: Any, new: Any) -> None:
 
 def _linear(old: Any, new: Any) -> None:
     new.out_features, new.in_features = new.weight.shape
+    silence(new)
 
 
 def _norm(old: Any, new: Any) -> None:
     tensor = new.weight if new.weight is not None else new.running_mean
     if tensor is not None:
         new.num_features = len(tensor)
+    silence(new)
 
 
 def _group_norm(old: Any, new: Any) -> None:

@@ -16,6 +16,7 @@ from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .mask import KeepMask
 from .network import like
+from .silence import silent_modules
 from .trace import Record, Tracer
 
 
@@ -64,7 +65,7 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
             tracer.run_training(slim, args, kwargs)
     except Exception as error:
         failure = error
-    _compare(tracer, graph, units, ran=failure is None)
+    _compare(slim, tracer, graph, units, ran=failure is None)
     if failure is not None:
         raise Refusal(
             f"the slim model does not run: {failure}",
@@ -76,7 +77,9 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
         ) from failure
 
 
-def _compare(tracer: Tracer, graph: ChannelGraph, units: Tensor, ran: bool) -> None:
+def _compare(
+    slim: nn.Module, tracer: Tracer, graph: ChannelGraph, units: Tensor, ran: bool
+) -> None:
     """The records of the slim model's run, complete or not, with those of the dense one's."""
     remedy = (
         "Choose equal counts in the pieces that meet there, or protect the channels with "
@@ -85,16 +88,23 @@ def _compare(tracer: Tracer, graph: ChannelGraph, units: Tensor, ran: bool) -> N
     width = len(units)
     expected: dict[int, Tensor] = {}
     agreed: set[tuple[int, int]] = set()
-    for k, dense in enumerate(graph.records):
+    records, replayed = graph.records, tracer.records
+    if silent := silent_modules(slim):
+        between = {r.module for r in records if _gone(r, units)}  # sees unlabelled zeros now
+        records = tuple(r for r in records if r.module not in silent and not _gone(r, units))
+        replayed = [
+            r for r in replayed if r.module not in silent and (r.ids or r.module not in between)
+        ]
+    for k, dense in enumerate(records):
 
         def refuse(why: str, k: int = k, dense: Record = dense) -> NoReturn:
             raise Refusal(why, dense.operation, dense.module, remedy, k)
 
-        if k >= len(tracer.records):
+        if k >= len(replayed):
             if ran:
                 refuse("the slim model takes another way here")
             return
-        now = tracer.records[k]
+        now = replayed[k]
         if (now.operation, len(now.ids)) != (dense.operation, len(dense.ids)):
             refuse("the slim model takes another way here")
         for before, after in zip(dense.ids, now.ids, strict=True):
@@ -110,10 +120,15 @@ def _compare(tracer: Tracer, graph: ChannelGraph, units: Tensor, ran: bool) -> N
                 refuse("it would put channels into other places")
         if now.scalars != dense.scalars:
             refuse(f"a number changes with the width: {dense.scalars} -> {now.scalars}")
-    if len(tracer.records) > len(graph.records):
-        extra = tracer.records[len(graph.records)]
+    if len(replayed) > len(records):
+        extra = replayed[len(records)]
         why = "the slim model takes another way here"
         raise Refusal(why, extra.operation, extra.module, remedy, None)
+
+
+def _gone(record: Record, units: Tensor) -> bool:
+    """Did an operation read a group of which nothing stays?"""
+    return any(len(ids) and not units[ids].any() for ids in record.ids)
 
 
 def _aligned(kept: Tensor, shape: torch.Size) -> bool:

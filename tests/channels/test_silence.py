@@ -1,0 +1,141 @@
+"""Whole branches may go: their layers fall silent, and the network computes the same."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import masksparsity as ms
+from masksparsity.channels.silence import silent_modules
+
+from .networks import calibrated, random_mask
+
+
+class Gated(nn.Module):
+    """An inverted residual with a squeeze-and-excitation gate and a linear bottleneck."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.norm = nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding="same", groups=16)
+        self.squeeze, self.excite = nn.Linear(16, 4), nn.Linear(4, 16)
+        self.project, self.out = nn.Conv2d(16, 8, 3, padding=1, stride=1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.relu6(self.norm(self.expand(x)))
+        y = nn.functional.max_pool2d(self.depthwise(y), 3, 1, 1)
+        gate = torch.sigmoid(self.excite(torch.relu(self.squeeze(y.mean((2, 3))))))
+        y = y * gate[:, :, None, None]
+        return x + self.out(self.project(y))
+
+
+def gated() -> nn.Module:
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Gated(), Gated(), *head)
+
+
+CASES = {
+    "resnet20": (lambda: ms.models.create("resnet20"), ["layer1.1.conv1", "layer3.2.conv1"]),
+    "bottleneck": (
+        lambda: ms.models.create("torchvision/resnet50"),
+        ["layer2.1.conv1", "layer2.1.conv2"],
+    ),
+    "inverted": (
+        lambda: ms.models.create("torchvision/mobilenet_v2", width_mult=0.35),
+        ["features.3.conv.0.0"],
+    ),
+    "gated": (gated, ["3.expand", "3.squeeze"]),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest):
+    torch.manual_seed(0)
+    build, branch = CASES[request.param]
+    inputs = torch.randn(4, 3, 32, 32, dtype=torch.double)
+    model = calibrated(build(), inputs)
+    graph = ms.trace(model, inputs)
+    none = {n: torch.zeros(graph.by_name[n].size, dtype=torch.bool) for n in branch}
+    return model, graph, inputs, ms.KeepMask(graph, none)
+
+
+def outputs(net: nn.Module, inputs: Tensor, train: bool = False) -> Tensor:
+    for module in net.modules():
+        module.training = train and not isinstance(module, nn.Dropout)
+    return net(inputs)
+
+
+def test_a_branch_goes_and_nothing_changes(case, tmp_path: Path):
+    model, graph, inputs, keep = case
+    masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
+    for train in (True, False):
+        expected, actual = outputs(masked, inputs, train), outputs(slim, inputs, train)
+        assert (expected - actual).abs().max() <= 1e-9 * expected.abs().max()
+    assert (expected - model(inputs)).abs().max() > 1e-3 * expected.abs().max()
+    assert silent_modules(slim)
+    assert graph.cost(keep).params == sum(p.numel() for p in slim.parameters())
+    ms.save(slim, tmp_path / "slim.safetensors")
+    loaded = ms.load(tmp_path / "slim.safetensors", model=model)
+    assert torch.equal(outputs(loaded, inputs), actual)
+    assert torch.equal(outputs(copy.deepcopy(slim), inputs), actual)
+
+
+def test_what_is_left_is_pruned_again(case):
+    model, graph, inputs, keep = case
+    slim = ms.prune(model, graph, keep)
+    again = ms.trace(slim, inputs)
+    assert again.cost() == graph.cost(keep)
+    later = random_mask(again, 3)
+    expected = outputs(ms.apply_mask(slim, again, later), inputs)
+    actual = outputs(ms.prune(slim, again, later), inputs)
+    assert (expected - actual).abs().max() <= 1e-9 * expected.abs().max()
+
+
+def test_training_goes_on_with_its_optimizer(case):
+    model, graph, inputs, keep = case
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    outputs(model, inputs, train=True).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    slim = ms.prune(model, graph, keep, optimizer=optimizer)
+    outputs(slim, inputs, train=True).square().mean().backward()
+    optimizer.step()
+    assert all(p.isfinite().all() for p in slim.parameters())
+
+
+def test_budgets_let_branches_go_only_if_asked(case):
+    model, graph, _, keep = case
+    scores = ms.scores.norm(model, graph)
+    scores |= {n: 0 * scores[n] for n, kept in keep.items() if not kept.any()}
+    share = 1 - graph.cost(keep).macs / graph.cost().macs
+    gone = ms.select.budget(graph, scores, pruned_macs=share, min_keep=0)
+    assert torch.equal(gone.kept == 0, keep.kept == 0)
+    ms.prune(model, graph, gone)
+    assert (ms.select.budget(graph, scores, pruned_macs=share).kept > 0).all()
+
+
+def test_the_network_stays_connected(case):
+    """All scores zero, everything may go: what is left still runs from input to output."""
+    model, graph, inputs, _ = case
+    scores = {n: 0 * s for n, s in ms.scores.norm(model, graph).items()}
+    keep = ms.select.threshold(graph, scores, 1.0, min_keep=0)
+    slim = ms.prune(model, graph, keep)
+    for module in slim.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.bias, 2.0)  # no activation is off
+    x = inputs.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(outputs(slim, x, train=True).square().sum(), x)
+    assert gradient.abs().max() > 0
+
+
+def test_what_the_network_cannot_do_without_is_refused(case):
+    model, graph, *_ = case
+    nothing = ms.KeepMask(
+        graph, {g.name: torch.zeros(g.size, dtype=torch.bool) for g in graph.prunable}
+    )
+    with pytest.raises(ms.MaskSparsityError, match=r"cannot do without; keep\.repaired"):
+        ms.prune(model, graph, nothing)
+    ms.prune(model, graph, nothing.repaired())
