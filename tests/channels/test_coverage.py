@@ -272,16 +272,20 @@ def test_forward_may_cache_and_count():
     class Counting(nn.Module):
         def __init__(self):
             super().__init__()
-            self.calls, self.seen = 0, []
+            self.calls, self.seen, self.last = 0, [], {"shape": None}
+            self.register_buffer("steps", torch.zeros(()))
 
         def forward(self, x):
             self.calls += 1
             self.seen.append(x.shape)
+            self.last["shape"] = x.shape
+            self.steps = self.steps + 1
             return x
 
     model = Net(Counting()).double()
     ms.trace(model, X)
-    assert (model.block.calls, model.block.seen) == (0, [])
+    block = model.block
+    assert (block.calls, block.seen, block.last, int(block.steps)) == (0, [], {"shape": None}, 0)
 
 
 def test_a_model_that_keeps_tensors_with_a_history_prunes():

@@ -2,8 +2,9 @@
 
 import contextlib
 import copy
+import operator
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -93,12 +94,16 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
     devices = {t.device for _, t in tensors if t.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
         try:
-            for module, _ in modes:
-                module.training = training
+            _set_modes((module, training) for module, _ in modes)
             yield
         finally:
-            for module, training in modes:
-                module.training = training
+            _set_modes(modes)
+
+
+def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        if module.training is not training:  # modules are slow to write to
+            module.training = training
 
 
 def eager() -> contextlib.AbstractContextManager:
@@ -117,20 +122,17 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     kept = []
     for module in model.modules():
         state = vars(module)
-        inner = [
-            (v, v.copy())
-            for k, v in state.items()
-            if k not in _HOOKS and isinstance(v, (dict, list, set))
-        ]
+        own = [state[k] for k in state.keys() - _HOOKS]
+        inner = [(v, v.copy()) for v in own if isinstance(v, (dict, list, set))]
         kept.append((state, state.copy(), inner))
     try:
         yield
     finally:
         for state, before, inner in kept:
-            if state.keys() != before.keys() or any(state[k] is not before[k] for k in before):
+            same = map(operator.is_, state.values(), before.values())
+            if state.keys() != before.keys() or not all(same):
                 state.clear()
                 state.update(before)
             for value, was in inner:
-                if len(value) != len(was) or isinstance(value, list):
-                    value.clear()
-                    value.extend(was) if isinstance(value, list) else value.update(was)
+                value.clear()
+                value.extend(was) if isinstance(value, list) else value.update(was)
