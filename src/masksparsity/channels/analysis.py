@@ -57,7 +57,7 @@ def trace(
             tracer.pin(tracer.slots[slot], "protected by the caller")
     for names in tie:
         _tie(tracer, names)
-    graph = partial(solve, tracer, model, (args, kwargs), batch_size(args, kwargs))
+    graph = partial(solve, tracer, (args, kwargs), batch_size(args, kwargs))
     if not any(cut.pieces for cut in tracer.cuts):
         return graph()
     return protect_what_is_refused(tracer, model, graph)

@@ -7,7 +7,7 @@ the module, and can follow.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -85,10 +85,9 @@ def check(constraints: Iterable[Equal], keep: Tensor) -> None:
             )
 
 
-def equal_pieces(cuts: list[Cut], model: nn.Module) -> list[tuple[Cut, Tensor]]:
+def equal_pieces(cuts: list[Cut], modules: Mapping[str, nn.Module]) -> list[tuple[Cut, Tensor]]:
     """Ids [pieces, length] of the pieces that must keep equal counts: those of one length that one
     call takes; and what several calls take by a number that is written down in their module."""
-    modules = dict(model.named_modules())
     found: dict[Any, tuple[Cut, list[Tensor]]] = {}
     for k, cut in enumerate(cuts):
         place: Any = k

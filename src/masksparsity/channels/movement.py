@@ -359,16 +359,6 @@ def embedding(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: 
     t.set(out, [m._replace(ids=m.ids.reshape([*before, -1]), axes=last) for m in passing])
 
 
-def as_strided(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
-    """Another memory format of the same tensor; anything else is not followed."""
-    x = args[0]
-    same = x.shape == out.shape and x.storage_offset() == out.storage_offset()
-    if same and all(n == 1 or x.stride(a) == out.stride(a) for a, n in enumerate(x.shape)):
-        _movement(_same, True)(t, op, (x,), {}, out, inplace)
-    else:
-        t.unknown(args, kwargs, out)
-
-
 def _join(
     t: Tracer, out: Tensor, dim: int, shapes: list[torch.Size], found: list[tuple[Labels, ...]]
 ) -> None:
@@ -387,7 +377,9 @@ def _join(
     whole = []
     for shape, ms in zip(shapes, found, strict=True):
         ids = ms[0].ids if ms else torch.full([1] * len(shape), ANONYMOUS)
-        whole.append(ids.expand([n if a in axes else 1 for a, n in enumerate(shape)]))
+        if not ms or ms[0].axes != axes:
+            ids = ids.expand([n if a in axes else 1 for a, n in enumerate(shape)])
+        whole.append(ids)
     if dim in axes:
         ids = torch.cat(whole, dim)
     else:  # along space: the parts lie over one another, so their channels are one
@@ -413,8 +405,7 @@ def pad(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) 
 
 
 RULES["cat"], RULES["stack"], RULES["index"] = cat, stack, index
-RULES["constant_pad_nd"] = pad
-RULES["embedding"], RULES["as_strided"] = embedding, as_strided
+RULES["constant_pad_nd"], RULES["embedding"] = pad, embedding
 
 
 _FEW = 64  # values of a tensor made in forward that are compared

@@ -30,7 +30,7 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
         t.record(labels, numbers(args))
         t.expose(labels)
         if len(tensors) == 1:
-            result = [m._replace(clean=zero([m.clean], args), sources=frozenset()) for m in labels]
+            result = [Labels(m.ids, m.axes, zero([m.clean], args)) for m in labels]
         else:
             result = _merge(t, tensors, found, out, lambda flags: zero(flags, args), args)
         for x, ms in zip(tensors, found, strict=True):
@@ -67,7 +67,7 @@ def _merge(
                 merged.append((ids, axes, {index: m.clean}))
     result = []
     for ids, axes, clean in merged:
-        if any(
+        if len(clean) < len(tensors) and any(
             index not in clean
             and any(a >= out.ndim - x.ndim and x.shape[a - out.ndim + x.ndim] > 1 for a in axes)
             and not t.is_blank(x)

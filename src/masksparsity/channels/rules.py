@@ -9,12 +9,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import movement, pointwise, space
 from .trace import Labels, Norm, Product, Rule, Tracer
 
 RULES: dict[str, Rule] = {**movement.RULES, **pointwise.RULES, **space.RULES}
+
+_ELSEWHERE = "channels lie along another axis"
+_SECOND = frozenset({1})
 
 
 def rule(*operations: str) -> Callable[[Rule], Rule]:
@@ -32,9 +36,13 @@ def rule(*operations: str) -> Callable[[Rule], Rule]:
 def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     x, weight, bias, *_, transposed, _, groups = args
     into, outof = (0, 1) if transposed else (1, 0)
-    _only_along(t, x, 1)
-    ids, seen = t.consume(x, 1)
+    shape = weight.shape
+    ids, seen = t.consume(x, 1, _ELSEWHERE)
     t.record([seen] if seen else [], [args[3:8]])
+    inputs = ids  # of one group
+    if groups > 1:
+        inputs = ids.view(groups, -1)[0] if shape[1] > 1 else torch.zeros(1, dtype=torch.int64)
+        t.cut(t.along(ids, 1, 2), ())
     if transposed:
         t.meet(weight, into, ids)  # [I, O/g, ...]: each index of the input axis is one channel
         per_group, sources, clean = t.out_ids(weight, outof)
@@ -42,31 +50,23 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
         _tie_groups(t, ids, groups)
     else:
         outputs, sources, clean = t.out_ids(weight, outof)
-        if weight.shape[1] == 1 and groups > 1:  # depthwise: an input owns its outputs
+        if shape[1] == 1 and groups > 1:  # depthwise: an input owns its outputs
             t.unite(outputs.view(groups, -1), ids.view(groups, 1))
         else:
-            t.meet(weight, into, ids.view(groups, -1)[0])
+            t.meet(weight, into, inputs)
             _tie_groups(t, ids, groups)
             _tie_groups(t, outputs, groups)
-    if groups > 1:
-        t.cut(ids.view(1, -1), ())
     t.consumers |= t.in_slots(weight, into)
     known = sources or outputs.any()
     if bias is not None:
         t.meet(bias, 0, outputs)
         sources |= t.in_slots(bias, 0)
     t.producers |= sources
-    positions = out.numel() / out.shape[1] * math.prod(weight.shape[2:])
-    if transposed:  # counted from the input side: every input position is spread over the kernel
-        positions = x.numel() / x.shape[1] * math.prod(weight.shape[2:])
-    inputs = ids.view(groups, -1)[0] if weight.shape[1] > 1 or groups == 1 else ids[:1] * 0
+    counted = x if transposed else out  # every input position is spread over the kernel, or read
+    positions = counted.numel() / counted.shape[1] * math.prod(shape[2:])
     t.products.append(Product(t.module, positions, outputs, inputs))
     # A lone or unknown channel is no channel: it may be broadcast over others.
-    t.set(out, [_channel_axis(outputs, out.ndim, clean, sources)] if known else ())
-
-
-def _only_along(t: Tracer, x: Tensor, axis: int) -> None:
-    t.pin([m for m in t.labels(x) if axis not in m.axes], "channels lie along another axis")
+    t.set(out, [_channels(t, outputs, out.ndim, clean, sources)] if known else ())
 
 
 def _tie_groups(t: Tracer, ids: Tensor, groups: int) -> None:
@@ -119,7 +119,7 @@ def _matmul(
     t.producers |= sources.union(*(m.sources for m in rows))
     t.products.append(Product(t.module, out.numel() / out.shape[-1], outputs, ids))
     last = out.ndim - 1
-    columns = Labels(outputs.view([1] * last + [-1]), frozenset({last}), clean, sources)
+    columns = Labels(t.along(outputs, last, out.ndim), frozenset({last}), clean, sources)
     for m in batch:
         for k, other in enumerate(rows):
             if other.axes & m.axes:
@@ -163,8 +163,8 @@ def _first(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _channel_axis(ids: Tensor, ndim: int, clean: bool, sources: frozenset) -> Labels:
-    return Labels(ids.view([1, -1] + [1] * (ndim - 2)), frozenset({1}), clean, sources)
+def _channels(t: Tracer, ids: Tensor, ndim: int, clean: bool, sources: frozenset) -> Labels:
+    return Labels(t.along(ids, 1, ndim), _SECOND, clean, sources)
 
 
 # Norms --------------------------------------------------------------------------------------------
@@ -181,8 +181,7 @@ def _channel_axis(ids: Tensor, ndim: int, clean: bool, sources: frozenset) -> La
 )
 def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
     x, weight, bias, *statistics = args[:5]
-    t.pin([m for m in t.labels(x) if 1 not in m.axes], "normalised over channels")
-    ids, seen = t.read(x, 1)
+    ids, seen = t.read(x, 1, "normalised over channels")
     t.record([seen] if seen else [])
     for tensor in (weight, bias, *statistics):
         if isinstance(tensor, Tensor):
@@ -191,8 +190,7 @@ def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
         t.set(out[0], ())
         return
     if weight is not None:
-        sources = frozenset().union(*(t.in_slots(v, 0) for v in (weight, bias) if v is not None))
-        clean = True
+        sources, clean = t.in_slots(weight, 0) | t.in_slots(bias, 0), True
     else:  # with its own statistics, what is zero everywhere stays zero
         sources, clean = seen.sources, seen.clean and statistics[0] is None
         t.expose([seen])
@@ -203,15 +201,14 @@ def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
     makers = [n for n, _ in seen.sources if (n, 1) in t.consumers]
     if len(makers) == 1 and statistics[0] is not None and id(statistics[0]) in t.names:
         t.behind[makers[0]] = t.names[id(statistics[0])]
-    t.set(out[0], [_channel_axis(ids, x.ndim, clean, sources)])
+    t.set(out[0], [_channels(t, ids, x.ndim, clean, sources)])
 
 
 @rule("native_group_norm")
 def group_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
     """Whole groups go: each has its own statistics."""
     x, weight, bias, *_, groups, eps = args
-    _only_along(t, x, 1)
-    ids, seen = t.read(x, 1)
+    ids, seen = t.read(x, 1, _ELSEWHERE)
     t.record([seen] if seen else [], [x.shape[1] // groups, eps])
     for tensor in (weight, bias):
         t.meet(tensor, 0, ids)
@@ -225,10 +222,9 @@ def group_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
     t.unite(rows, rows[:, :1])
     sources, clean = seen.sources, seen.clean
     if weight is not None:
-        sources = frozenset().union(*(t.in_slots(v, 0) for v in (weight, bias) if v is not None))
-        clean = True
+        sources, clean = t.in_slots(weight, 0) | t.in_slots(bias, 0), True
     t.producers |= sources
-    t.set(out[0], [_channel_axis(ids, x.ndim, clean, sources)])
+    t.set(out[0], [_channels(t, ids, x.ndim, clean, sources)])
 
 
 @rule("native_layer_norm", "_fused_rms_norm")

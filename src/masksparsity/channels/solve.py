@@ -14,18 +14,17 @@ from torch import Tensor, nn
 from . import constraints as limits
 from .cost import Layer
 from .groups import ChannelGraph, ChannelGroup
-from .network import named_tensors
-from .trace import ANONYMOUS, Reason, Slot, Tracer
+from .trace import ANONYMOUS, Reason, Record, Slot, Tracer
 
 
-def solve(tracer: Tracer, model: nn.Module, example: Any, batch: int) -> ChannelGraph:
-    """The graph of what `tracer` saw of `model` on inputs of `batch` examples."""
+def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
+    """The graph of what `tracer` saw of its model on inputs of `batch` examples."""
     component, met = _components(tracer.count, tracer.edges)
     tracer.pins.append((met, Reason("meets a tensor whose channels are unknown", "", "")))
-    pieces = limits.equal_pieces(tracer.cuts, model)
+    pieces = limits.equal_pieces(tracer.cuts, tracer.modules)
     limits.protect_pieces(tracer, pieces, component)
-    tensors = dict(named_tensors(model))
-    axes = _Axes(tracer, component, list(tensors))
+    tensors = tracer.tensors
+    axes = _Axes(tracer, component)
     consumed = torch.cat([axes.consumed(tracer.consumers), component[_cat(tracer.swallowed)]])
     reasons, verdict = _verdict(tracer, component, consumed)
     first = axes.first(tracer.producers, component, met)
@@ -35,9 +34,10 @@ def solve(tracer: Tracer, model: nn.Module, example: Any, batch: int) -> Channel
 
     # Most operations hand labels on as they are: each array is mapped once, and all in one go.
     arrays = axes.arrays
-    seen = {id(ids): ids for record in tracer.records for ids in record.ids}
-    seen |= {id(ids): ids for p in tracer.products for ids in (p.outputs, p.inputs)}
-    number = {key: arrays.add(ids) for key, ids in seen.items()}
+    seen = [ids for record in tracer.records for ids in record.ids]
+    seen += [ids for p in tracer.products for ids in (p.outputs, p.inputs)]
+    seen += [ids for cut in tracer.cuts for ids in (cut.whole, *cut.pieces)]
+    number = {id(ids): arrays.add(tracer.flats.get(id(ids), ids)) for ids in seen}
     mapped = unit[component[_cat(arrays.flat)]].split(arrays.lengths().tolist())
     units_of = {key: mapped[k] for key, k in number.items()}
     slots = {slot: mapped[k] for slot, k in zip(axes.slots, axes.array, strict=True)}
@@ -45,10 +45,10 @@ def solve(tracer: Tracer, model: nn.Module, example: Any, batch: int) -> Channel
     def to_units(ids: Tensor) -> Tensor:
         return unit[component[ids.reshape(-1)]].view(ids.shape)
 
-    why = [reasons[k] if k >= 0 else None for k in verdict[alive].tolist()]
-    free = torch.tensor([*(reason is None for reason in why), False])
+    why = verdict[alive]
+    free = torch.cat([why < 0, torch.zeros(1, dtype=torch.bool)])
     return ChannelGraph(
-        groups=_groups(tracer, axes, unit, leader, why, slots),
+        groups=_groups(tracer, axes, unit, leader, [*reasons, None], why, slots),
         slots=slots,
         norms=tuple(tracer.norms.values()),
         producers=frozenset(tracer.producers & tracer.slots.keys()),
@@ -57,18 +57,22 @@ def solve(tracer: Tracer, model: nn.Module, example: Any, batch: int) -> Channel
         behind={n: mean for n, mean in tracer.behind.items() if (n, 0) not in tracer.exposed},
         constraints=limits.constraints(pieces, to_units, free),
         cuts=tuple(
-            c._replace(whole=to_units(c.whole), pieces=tuple(map(to_units, c.pieces)))
+            c._replace(
+                whole=units_of[id(c.whole)].view(c.whole.shape),
+                pieces=tuple(units_of[id(ids)].view(ids.shape) for ids in c.pieces),
+            )
             for c in tracer.cuts
         ),
         training=tracer.trained,
         records=tuple(
-            r._replace(ids=tuple(units_of[id(ids)] for ids in r.ids)) for r in tracer.records
+            Record(operation, module, tuple([units_of[id(i)] for i in ids]), scalars, shapes)
+            for operation, module, ids, scalars, shapes in tracer.records
         ),
         layers=tuple(
             Layer(p.module, p.factor / batch, units_of[id(p.outputs)], units_of[id(p.inputs)])
             for p in tracer.products
         ),
-        modules={name: type(module) for name, module in model.named_modules()},
+        modules={name: type(module) for name, module in tracer.modules.items()},
         shapes={name: tensor.shape for name, tensor in tensors.items()},
         parameters=frozenset(n for n, t in tensors.items() if isinstance(t, nn.Parameter)),
         example=example,
@@ -83,9 +87,9 @@ class _Axes:
     once.
     """
 
-    def __init__(self, tracer: Tracer, component: Tensor, names: list[str]):
-        order = {name: k for k, name in enumerate(names)}
-        self.slots = sorted(tracer.slots, key=lambda slot: (order[slot[0]], slot[1]))
+    def __init__(self, tracer: Tracer, component: Tensor):
+        every = ((name, k) for name, tensor in tracer.tensors.items() for k in range(tensor.ndim))
+        self.slots = [slot for slot in every if slot in tracer.slots]
         self.arrays = _Arrays()
         self.array = [self.arrays.add(tracer.slots[slot]) for slot in self.slots]
         self.sharing: list[list[int]] = [[] for _ in self.arrays.flat]
@@ -94,9 +98,8 @@ class _Axes:
         self.entries = component[_cat(self.arrays.flat)]
         self.lengths = self.arrays.lengths()
         self.array_of = torch.repeat_interleave(torch.arange(len(self.sharing)), self.lengths)
-        *self.begins, self.total = accumulate(
-            (len(tracer.slots[slot]) for slot in self.slots), initial=0
-        )
+        lengths = self.lengths.tolist()
+        *self.begins, self.total = accumulate((lengths[k] for k in self.array), initial=0)
 
     def consumed(self, consumers: set[Slot]) -> Tensor:
         """The components that a product sums over."""
@@ -120,8 +123,12 @@ class _Axes:
         """Where each component comes first: at a producer, or, behind all those, where it is read;
         twice the number of indices where nowhere."""
         never = 2 * self.total
-        begin = torch.tensor(self.begins).long()
-        begin[[slot not in producers for slot in self.slots]] += self.total
+        begin = torch.tensor(
+            [
+                begin if slot in producers else begin + self.total
+                for begin, slot in zip(self.begins, self.slots, strict=True)
+            ]
+        ).long()
         begin = torch.full_like(self.lengths, never).scatter_reduce(
             0, torch.tensor(self.array).long(), begin, "amin"
         )
@@ -131,7 +138,7 @@ class _Axes:
         # What is only read, and from nowhere (the network's input), is no channel.
         foreign = torch.zeros_like(component, dtype=torch.bool)
         foreign[component[met]] = True
-        first[foreign & (first >= self.total)] = never
+        first.masked_fill_(foreign & (first >= self.total), never)
         first[component[ANONYMOUS]] = never
         return first
 
@@ -151,24 +158,24 @@ def _groups(
     axes: _Axes,
     unit: Tensor,
     leader: Tensor,
-    why: list[Reason | None],
+    reasons: list[Reason | None],
+    why: Tensor,
     slots: dict[Slot, Tensor],
 ) -> tuple[ChannelGroup, ...]:
     _, sizes = torch.unique_consecutive(leader, return_counts=True)
     belongs = torch.repeat_interleave(torch.arange(len(sizes)), sizes)  # unit -> group
-    owned = unit[axes.entries]
+    belongs = torch.cat([belongs, torch.tensor([len(sizes)])])  # the last one: of no group
     width = len(axes.sharing)
-    pairs = belongs[owned[owned >= 0]] * width + axes.array_of[owned >= 0]
-    parts: list[list[Slot]] = [[] for _ in sizes]
+    pairs = belongs[unit[axes.entries]] * width + axes.array_of
+    parts: list[list[int]] = [[] for _ in range(len(sizes) + 1)]
     for pair in torch.bincount(pairs).nonzero().squeeze(1).tolist():
-        parts[pair // width] += [axes.slots[k] for k in axes.sharing[pair % width]]
+        parts[pair // width] += axes.sharing[pair % width]
     scaled_by = {norm.weight: norm.module for norm in tracer.norms.values()}
-    order = {slot: k for k, slot in enumerate(axes.slots)}
     groups: list[ChannelGroup] = []
     taken: set[str] = set()
     start = 0
-    for size, part in zip(sizes.tolist(), parts, strict=True):
-        part.sort(key=order.__getitem__)
+    for size, numbers in zip(sizes.tolist(), parts[:-1], strict=True):
+        part = [axes.slots[k] for k in sorted(numbers)]
         maker, _ = axes.slots[bisect_right(axes.begins, int(leader[start]) % axes.total) - 1]
         module, _, _ = maker.rpartition(".")
         groups.append(
@@ -176,7 +183,7 @@ def _groups(
                 name=_unique(module or maker, taken),
                 size=size,
                 start=start,
-                reason=why[start],
+                reason=reasons[why[start]],  # the last one, None, for -1
                 scales=tuple(scaled_by[name] for name, _ in part if name in scaled_by),
                 slots={slot: slots[slot] for slot in part},
             )
@@ -197,16 +204,14 @@ def _components(count: int, edges: list[tuple[Tensor, Tensor]]) -> tuple[Tensor,
     known = (a != ANONYMOUS) & (b != ANONYMOUS)
     met = torch.maximum(a, b)[~known]
     met = met[met != ANONYMOUS]
-    a, b = a[known], b[known]
+    a = torch.where(known, a, b)
     while True:
         # Hook the larger root of every edge on the smaller, then shorten all paths to their roots.
-        x, y = label[a], label[b]
-        apart = x != y
-        if not apart.any():
+        x, y = label.gather(0, a), label.gather(0, b)
+        if torch.equal(x, y):
             return label, met
-        a, b, x, y = a[apart], b[apart], x[apart], y[apart]
         label.scatter_reduce_(0, torch.maximum(x, y), torch.minimum(x, y), "amin")
-        while not torch.equal(label, shorter := label[label]):
+        while not torch.equal(label, shorter := label.gather(0, label)):
             label = shorter
 
 
@@ -229,23 +234,20 @@ def _verdict(tracer: Tracer, component: Tensor, consumed: Tensor) -> tuple[list[
 
 
 class _Arrays:
-    """Flat arrays of labels, each once, whatever number of tensors share its memory."""
+    """Flat arrays of labels, each once, however often it is used."""
 
     def __init__(self) -> None:
         self.flat: list[Tensor] = []
-        self.numbers: dict[tuple[int, int, tuple[int, ...]], int] = {}
+        self.numbers: dict[int, int] = {}  # the tracer keeps the tensors, and so their ids
 
     def add(self, ids: Tensor) -> int:
-        ids = ids.reshape(-1)
-        number = self.numbers.setdefault(
-            (ids.data_ptr(), ids.numel(), ids.stride()), len(self.flat)
-        )
+        number = self.numbers.setdefault(id(ids), len(self.flat))
         if number == len(self.flat):
-            self.flat.append(ids)
+            self.flat.append(ids.reshape(-1))
         return number
 
     def lengths(self) -> Tensor:
-        return torch.tensor([ids.numel() for ids in self.flat], dtype=torch.int64)
+        return torch.tensor([len(ids) for ids in self.flat], dtype=torch.int64)
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

@@ -7,17 +7,16 @@ labels per axis when an operation first uses them. What each operation does to l
 in `rules.py`; what it does not know is protected.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from .network import at_least_two, eager, evaluating, named_tensors, tensors_in, unchanged
+from .watch import Escapes, module_stack
 
 Slot = tuple[str, int]
 """One axis of one parameter or buffer: (name in the model, axis)."""
@@ -114,14 +113,24 @@ class Tracer(TorchDispatchMode):
     ):
         super().__init__()
         self.rules = rules
-        self.names = {id(tensor): name for name, tensor in named_tensors(model)}
-        self.parameters = {name for name, _ in model.named_parameters()}
-        self.paths = {id(module): name for name, module in model.named_modules()}
+        self.modules = dict(model.named_modules())
+        self.tensors = dict(named_tensors(model))
+        self.names = {id(tensor): name for name, tensor in self.tensors.items()}
+        self.paths = {id(module): name for name, module in self.modules.items()}
         self.stack: list[str] = [""]
         self.failed: str | None = None  # the module whose forward raised
         self.given = given is not None
         self.slots: dict[Slot, Tensor] = dict(given or {})
-        self.count = ANONYMOUS + 1
+        self._placed: dict[tuple[int, int, int], Tensor] = {}
+        self.flats: dict[int, Tensor] = {}
+        # Labels of all filters, made in one go: many small tensors take time.
+        sizes = {(n, 0): t.shape[0] for n, t in self.tensors.items() if t.ndim > 1}
+        self.count = ANONYMOUS + 1 + sum(sizes.values())
+        fresh, lengths = torch.arange(ANONYMOUS + 1, self.count), [*sizes.values()]
+        self.fresh = dict(zip(sizes, fresh.split(lengths), strict=True))
+        maps = fresh.view(1, -1, 1, 1).split(lengths, 1)  # as images have them
+        for flat, ids in zip(self.fresh.values(), maps, strict=True):
+            self._place(flat, ids, 1)
         self.edges: list[tuple[Tensor, Tensor]] = []
         self.pins: list[tuple[Tensor, Reason]] = []
         self.records: list[Record] = []
@@ -154,19 +163,38 @@ class Tracer(TorchDispatchMode):
             return labels if whose is self.token else ()
         if name not in self._own:
             self._own[name] = tuple(
-                Labels(_along(self.slot(name, axis, size), axis, tensor.ndim), frozenset({axis}),
-                       True, frozenset({(name, axis)}))
+                Labels(self.along(self.slot(name, axis, size), axis, tensor.ndim),
+                       frozenset({axis}), True, frozenset({(name, axis)}))
                 for axis, size in enumerate(tensor.shape)
                 if self._labelled(name, tensor, axis)
             )  # fmt: skip
         return self._own[name]
 
+    def along(self, flat: Tensor, axis: int, ndim: int) -> Tensor:
+        """1-D ids along one of `ndim` axes. The same ids give the same tensor, and `flat` gives
+        them back: one `is` tells then, from here to the proof, what would take comparing."""
+        key = (id(flat), axis, ndim)
+        if key not in self._placed:
+            self._place(flat, flat.view((1,) * axis + (-1,) + (1,) * (ndim - axis - 1)), axis)
+        return self._placed[key]
+
+    def flat(self, ids: Tensor, axis: int) -> Tensor:
+        """Of ids along one axis: 1-D."""
+        if id(ids) not in self.flats:
+            self._place(ids.reshape(-1), ids, axis)
+        return self.flats[id(ids)]
+
+    def _place(self, flat: Tensor, ids: Tensor, axis: int) -> None:
+        self._placed[id(flat), axis, ids.ndim], self.flats[id(ids)] = ids, flat
+
     def slot(self, name: str, axis: int, size: int) -> Tensor:
         """The ids of one axis of a parameter, fresh ones if it has none yet."""
         slot = (name, axis)
         if slot not in self.slots:
-            self.slots[slot] = torch.arange(self.count, self.count + size)
-            self.count += size
+            if slot not in self.fresh:
+                self.fresh[slot] = torch.arange(self.count, self.count + size)
+                self.count += size
+            self.slots[slot] = self.fresh[slot]
         return self.slots[slot]
 
     def set(self, out: Tensor, labels: Iterable[Labels], inplace: bool = False) -> None:
@@ -204,10 +232,8 @@ class Tracer(TorchDispatchMode):
 
     def pin(self, labels: Iterable[Labels] | Tensor, why: str) -> None:
         """Protect channels."""
-        if self.given:
-            return
         found = [labels] if isinstance(labels, Tensor) else [m.ids for m in labels]
-        if found:
+        if found and not self.given:
             reason = Reason(why, self.operation, self.module)
             self.pins += [(ids, reason) for ids in found]
 
@@ -217,31 +243,39 @@ class Tracer(TorchDispatchMode):
 
     def record(self, labels: Iterable[Labels], scalars: Iterable[Any] = ()) -> None:
         labels = tuple(labels)
-        ids = tuple(m.ids for m in labels)
-        shapes = tuple(m.ids.shape if len(m.axes) > 1 else None for m in labels)
+        ids = tuple([m.ids for m in labels])
+        shapes = tuple([m.ids.shape if len(m.axes) > 1 else None for m in labels])
         self.records.append(Record(self.operation, self.module, ids, tuple(scalars), shapes))
 
-    def read(self, tensor: Tensor, axis: int) -> tuple[Tensor, Labels | None]:
+    def read(
+        self, tensor: Tensor, axis: int, elsewhere: str | None = None
+    ) -> tuple[Tensor, Labels | None]:
         """What a consumer sees along one axis of its input: 1-D ids, and the labels they are from.
 
         Labels that also vary along other axes (a pixel shuffle) are united there; two labels on one
-        element (an outer product) or none along this axis give anonymous ids.
+        element (an outer product) or none along this axis give anonymous ids. `elsewhere`: why
+        labels along other axes alone are protected, if they are.
         """
         axis %= tensor.ndim
-        along = [m for m in self.labels(tensor) if axis in m.axes]
+        found = self.labels(tensor)
+        along = [m for m in found if axis in m.axes]
+        if elsewhere and len(along) < len(found):
+            self.pin([m for m in found if axis not in m.axes], elsewhere)
         if len(along) != 1:
             self.pin(along, "two channels meet on one element")
             return torch.zeros(tensor.shape[axis], dtype=torch.int64), None
         (m,) = along
         if len(m.axes) == 1:
-            return m.ids.reshape(-1), m
+            return self.flat(m.ids, axis), m
         flat = m.ids.movedim(axis, 0).reshape(tensor.shape[axis], -1)
         self.unite(flat, flat[:, :1])
         return flat[:, 0], m
 
-    def consume(self, tensor: Tensor, axis: int) -> tuple[Tensor, Labels | None]:
+    def consume(
+        self, tensor: Tensor, axis: int, elsewhere: str | None = None
+    ) -> tuple[Tensor, Labels | None]:
         """`read`, by something that sums over the channels: what is removed must have been zero."""
-        ids, m = self.read(tensor, axis)
+        ids, m = self.read(tensor, axis, elsewhere)
         if m is not None:
             self._sum(m)
         return ids, m
@@ -264,8 +298,10 @@ class Tracer(TorchDispatchMode):
         name = self.names.get(id(tensor))
         if name is None:
             self.unite(self.read(tensor, axis)[0], ids)
+        elif (name, axis) in self.slots:
+            self.unite(self.slots[name, axis], ids)
         elif self._labelled(name, tensor, axis):
-            self.unite(self.slots.setdefault((name, axis), ids), ids)
+            self.slots[name, axis] = ids
 
     def out_ids(self, tensor: Tensor, axis: int) -> tuple[Tensor, frozenset[Slot], bool]:
         """The ids that a weight hands out along its output axis, the slots behind them, and
@@ -278,7 +314,9 @@ class Tracer(TorchDispatchMode):
             return torch.zeros(tensor.shape[axis], dtype=torch.int64), _NOTHING, True
         return self.slot(name, axis, tensor.shape[axis]), frozenset({(name, axis)}), True
 
-    def in_slots(self, tensor: Tensor, axis: int) -> frozenset[Slot]:
+    def in_slots(self, tensor: Tensor | None, axis: int) -> frozenset[Slot]:
+        if tensor is None:
+            return _NOTHING
         name = self.names.get(id(tensor))
         if name is not None:
             self.touched.add(name)
@@ -334,13 +372,13 @@ class Tracer(TorchDispatchMode):
 
     def untouched(self) -> bool:
         """Did no operation use some of the parameters?"""
-        return not self.parameters <= self.touched | self._own.keys()
+        used = self.touched | self._own.keys()
+        return any(isinstance(t, nn.Parameter) for n, t in self.tensors.items() if n not in used)
 
     def run_training(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """One more forward, in train mode, for auxiliary heads that are used there only. Where it
         fails (for want of targets, say) nothing has been learnt."""
-        tensors = list(named_tensors(model))
-        buffers = [(t, t.clone()) for _, t in tensors if not isinstance(t, nn.Parameter)]
+        buffers = [(t, t.clone()) for t in self.tensors.values() if not isinstance(t, nn.Parameter)]
         args, kwargs = tree_map(at_least_two, (args, kwargs))
         kept = (self.edges, self.pins, self.records, self.products, self.swallowed, self.cuts)
         lengths = [len(part) for part in kept]
@@ -365,8 +403,8 @@ class Tracer(TorchDispatchMode):
             evaluating(model, training),
             eager(),
             torch.no_grad(),
-            _module_stack(self),
-            _Escapes(self),
+            module_stack(self),
+            Escapes(self),
             self,
         ):
             out = model(*args, **kwargs)
@@ -382,60 +420,7 @@ class Tracer(TorchDispatchMode):
         return out
 
 
-class _Escapes(TorchFunctionMode):
-    """Values that leave PyTorch come back from nowhere: their channels are protected."""
-
-    FUNCTIONS = frozenset(
-        getattr(Tensor, name)
-        for name in ("numpy", "__array__", "tolist", "data_ptr", "__dlpack__", "untyped_storage")
-    )
-
-    def __init__(self, tracer: Tracer):
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention and not kwargs.get("scale"):
-            self.tracer.operation = func.__name__
-            for x in args[:2]:
-                over = [m for m in self.tracer.labels(x) if x.ndim - 1 in m.axes]
-                self.tracer.pin(over, "attention divides by the width")
-        if func in self.FUNCTIONS:
-            self.tracer.operation = func.__name__
-            found = self.tracer.labels(args[0])
-            self.tracer.expose(found)
-            self.tracer.pin(found, "values leave PyTorch")
-        return func(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _module_stack(tracer: Tracer) -> Iterator[None]:
-    def enter(module: nn.Module, args: Any) -> None:
-        tracer.stack.append(tracer.paths.get(id(module), tracer.module))
-        tracer.failed = None
-
-    def leave(module: nn.Module, args: Any, out: Any) -> None:
-        path = tracer.stack.pop()
-        if out is None and tracer.failed is None:  # how `always_call` tells of an exception
-            tracer.failed = path
-
-    hooks = (
-        nn.modules.module.register_module_forward_pre_hook(enter),
-        nn.modules.module.register_module_forward_hook(leave, always_call=True),
-    )
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def numbers(args: Iterable[Any]) -> tuple[Any, ...]:
     """Python's numbers among the arguments of an operation: they may follow from a width, and then
     change with it. Sizes, which come in lists, follow by right."""
-    return tuple(a for a in args if isinstance(a, (int, float)))
-
-
-def _along(ids: Tensor, axis: int, ndim: int) -> Tensor:
-    return ids.view([-1 if a == axis else 1 for a in range(ndim)])
+    return tuple([a for a in args if isinstance(a, (int, float))])
