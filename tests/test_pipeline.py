@@ -257,6 +257,18 @@ def test_every_selector_heeds_its_settings(
     assert (kept % 4 == 0).all()
 
 
+def test_a_mask_by_taylor_scores_of_training_images(whole: Path, tmp_path: Path) -> None:
+    config = tiny(mask=MaskConfig(scores="taylor"))
+    given = {"weights": whole / "train" / "model.safetensors"}
+    work = Workspace(config, tmp_path, given=given)
+    execute(work, "mask")
+    model = work.network(given["weights"])
+    graph = work.trace(model)
+    scores = ms.scores.taylor(model, graph, work.data.training().epoch(0))  # fewer than it may take
+    expected = ms.select.budget(graph, scores, pruned_macs=0.5)
+    assert torch.equal(ms.KeepMask.load(tmp_path / "mask" / "mask.json", graph).kept, expected.kept)
+
+
 def test_scratch_and_one_shot(whole: Path, tmp_path: Path) -> None:
     given = {"mask": whole / "mask" / "mask.json"}
     result = execute(Workspace(tiny(1), tmp_path, given=given), "scratch")

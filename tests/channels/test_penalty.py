@@ -110,6 +110,25 @@ def test_other_kinds(bound, kind):
     torch.testing.assert_close(model[1].weight.grad, form[kind](before) * masked)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_polarization_is_the_gradient_of_its_formula(bound, masked):
+    model, graph, keep = bound
+    keep = keep if masked else None
+    scales = {n: model.get_submodule(n).weight for n in ("1", "6")}
+    with torch.no_grad():  # about zero, and about the mean
+        for k, gamma in enumerate(scales.values()):
+            gamma.copy_(torch.randn(len(gamma), generator=torch.Generator().manual_seed(k)))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    ms.MaskedL1(model, graph, keep, STRENGTH, kind="polarization").apply()
+    kept = keep.by_norm() if keep else {n: torch.zeros(8, dtype=torch.bool) for n in scales}
+    size = torch.cat([gamma[~kept[n]] for n, gamma in scales.items()]).abs()
+    loss = STRENGTH * (1.2 * size.sum() - (size - size.mean()).abs().sum())
+    expected = torch.autograd.grad(loss, list(scales.values()))
+    for gamma, gradient in zip(scales.values(), expected, strict=True):
+        torch.testing.assert_close(gamma.grad, gradient)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_proximal_zeros_are_exact_and_stay(bound, optimizer):
     model, graph, keep = bound

@@ -20,6 +20,9 @@ from .groups import ChannelGraph
 from .mask import KeepMask
 from .network import named_tensors, unwrap
 
+KINDS = ("l1", "l2", "smooth_l1", "polarization")
+POLARIZATION_T = 1.2  # its authors' value for CIFAR
+
 
 class _Vector:
     """Parameters of one device and dtype, side by side: one operation on all of them is one."""
@@ -170,7 +173,9 @@ class MaskedL1(Penalty):
 
     Args:
         kind: "l1"; "l2": `strength * gamma`; "smooth_l1": `strength * clamp(gamma / (lr *
-            strength), -1, 1)`, which does not step over zero (needs `attach`).
+            strength), -1, 1)`, which does not step over zero (needs `attach`); "polarization": the
+            subgradient of `strength * (1.2 |g|_1 - |g - mean(g)|_1)`, g the magnitudes of all
+            penalised scales (NeurIPS 2020), which spares those above their mean.
 
     Under momentum the scales hover about zero in a band of `lr * strength / (1 - momentum)` and
     the shifts are free: removal is not exact. `Proximal` and `ScheduledDecay` reach zero.
@@ -184,8 +189,8 @@ class MaskedL1(Penalty):
         strength: float = 5e-4,
         kind: str = "l1",
     ):
-        if kind not in ("l1", "l2", "smooth_l1"):
-            raise MaskSparsityError(f"kind={kind!r}: use 'l1', 'l2' or 'smooth_l1'")
+        if kind not in KINDS:
+            raise MaskSparsityError(f"kind={kind!r}: use one of {', '.join(KINDS)}")
         super().__init__(model, _scale_slots(model, graph, keep, shifts=False))
         self.kind, self.strength = kind, strength
         self.weights = [strength * v.masked for v in self.vectors]
@@ -212,6 +217,12 @@ class MaskedL1(Penalty):
             return scales.sign_()
         if self.kind == "l2":
             return scales
+        if self.kind == "polarization":
+            share = v.masked / v.masked.sum()
+            size = scales.abs()
+            above = torch.sub(size, share.dot(size)).sign_()
+            # The mean moves with every scale: the last term.
+            return scales.sign_().mul_(POLARIZATION_T - above + share.dot(above))
         if self._optimizer is None:
             raise MaskSparsityError("smooth_l1 needs the learning rate: use attach(optimizer)")
         width = torch.full_like(scales, self.strength)

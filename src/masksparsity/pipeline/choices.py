@@ -1,13 +1,15 @@
 """From settings to a mask and to a penalty."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 import masksparsity as ms
 from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.channels.penalty import Penalty
 from masksparsity.pipeline.config import MaskConfig, MaskSparsifyConfig
+from masksparsity.train import dist
 
 
 def read_mask(path: str | Path, graph: ms.ChannelGraph) -> ms.KeepMask:
@@ -16,11 +18,25 @@ def read_mask(path: str | Path, graph: ms.ChannelGraph) -> ms.KeepMask:
     return ms.KeepMask.load(path, graph) if ours else ms.KeepMask.from_original(path, graph)
 
 
-def choose_mask(config: MaskConfig, model: nn.Module, graph: ms.ChannelGraph) -> ms.KeepMask:
-    """The mask that is given, or the one that `config` asks for on the scores of `model`."""
+def choose_mask(
+    config: MaskConfig,
+    model: nn.Module,
+    graph: ms.ChannelGraph,
+    batches: Iterable[tuple[Tensor, Tensor]] = (),
+) -> ms.KeepMask:
+    """The mask that is given, or the one that `config` asks for on the scores of `model`.
+
+    Args:
+        batches: images and labels of this process, for scores that need them.
+    """
     if config.file:
         return read_mask(config.file, graph)
-    scores = getattr(ms.scores, config.scores)(model, graph)
+    if config.scores == "taylor":
+        device = next(model.parameters()).device
+        shares = ms.scores.taylor(model, graph, batches)
+        scores = {name: dist.sum_(share.to(device)).cpu() for name, share in shares.items()}
+    else:
+        scores = getattr(ms.scores, config.scores)(model, graph)
     limits: ms.select.Limits = {
         "round_to": config.round_to,
         "min_keep": config.min_keep,

@@ -34,7 +34,7 @@ class SparsifyConfig(Phase):
 
     strength: float = 5e-4
     """Sparsity factor: weight of the penalty."""
-    kind: Literal["l1", "l2", "smooth_l1"] = "l1"
+    kind: Literal["l1", "l2", "smooth_l1", "polarization"] = "l1"
     """Form of the penalty."""
 
 
@@ -44,8 +44,9 @@ class MaskConfig:
 
     file: str | None = None
     """A mask that is given: nothing is chosen, and `sparsify` is not needed."""
-    scores: Literal["scale", "norm"] = "scale"
-    """What a channel counts for: its BatchNorm scale, or the norm of its filter."""
+    scores: Literal["scale", "norm", "taylor"] = "scale"
+    """What a channel counts for: its BatchNorm scale, the norm of its filter, or what the loss on
+    training images would change without it, to first order."""
     select: Literal["budget", "threshold", "optimal", "fraction", "uniform"] = "budget"
     """How scores become a mask; each takes the setting named after it below."""
     pruned_macs: float = 0.5

@@ -1,10 +1,11 @@
 """The stages: each a function from its predecessor's files to files and a result of its own."""
 
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import masksparsity as ms
 from masksparsity.channels.penalty import Penalty
@@ -21,6 +22,8 @@ Result = dict[str, Any]
 
 # The original's threshold: masked scales above it at the end are worth a warning.
 NEAR_ZERO = 0.01
+SCORED = 2048
+"""Training images from which scores are read that need some."""
 
 
 def train(work: Workspace, folder: Path) -> Result:
@@ -43,7 +46,7 @@ def mask(work: Workspace, folder: Path) -> Result:
     """Choose the channels that stay, or take the mask that is given."""
     model = work.dense() if work.config.mask.file else _network(work, "mask")
     graph = work.trace(model)
-    keep = choose_mask(work.config.mask, model, graph)
+    keep = choose_mask(work.config.mask, model, graph, _batches(work, SCORED))
     return _save_mask(work, folder, keep) | _costs(graph.cost(), graph.cost(keep))
 
 
@@ -73,7 +76,7 @@ def one_shot(work: Workspace, folder: Path) -> Result:
     """Prune a trained network without any training but of its BatchNorm statistics."""
     model = _network(work, "one-shot")
     graph = work.trace(model)
-    keep = choose_mask(work.config.mask, model, graph)
+    keep = choose_mask(work.config.mask, model, graph, _batches(work, SCORED))
     result, slim = _prune(work, model, graph, keep)
     _recalibrate(work, slim, work.config.one_shot.images)
     _save(folder, slim)
@@ -146,10 +149,14 @@ def _train(
 def _recalibrate(work: Workspace, model: nn.Module, images: int) -> None:
     """Recompute BatchNorm statistics over `images` images, each process on its share."""
     if images:
-        count = -(-images // work.config.train.batch_size)
-        batches = islice(work.data.training().epoch(0), count)
-        ms.recalibrate(model, (images for images, _ in batches))
+        ms.recalibrate(model, (pixels for pixels, _ in _batches(work, images)))
         dist.average_buffers(model)
+
+
+def _batches(work: Workspace, images: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of at least `images` training images and their labels."""
+    count = -(-images // work.config.train.batch_size)
+    yield from islice(work.data.training().epoch(0), count)
 
 
 def _prune(
