@@ -22,7 +22,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,11 @@ from masksparsity.pipeline.workspace import Workspace
 from masksparsity.recipes import recipe
 
 Row = dict[str, Any]
+ACCURACIES = ("before_removal_accuracy", "after_removal_accuracy", "finetuned_accuracy")
+HEADING = (
+    "arm", "n", "before removal", "right after", "finetuned", "ours minus arm",
+    "MACs removed", "params removed", "kept scale", "epochs",
+)  # fmt: skip
 
 
 class Arms:
@@ -65,27 +70,13 @@ class Arms:
         return self._row(work, {"finetuned": execute(work, "finetune")}, "B + SMF")
 
     def slimming(self) -> Row:
-        sparsify = replace(self.config.sparsify, epochs=self._sum("SM"))
-        execute(self._work("slimming", {"weights": self.dense}, sparsify=sparsify), "sparsify")
-        weights = self.out / "slimming/sparsify/model.safetensors"
-        execute(self._work("slimming", {"weights": weights}), "mask")
-        mask = self.out / "slimming/mask/mask.json"
-        return self._removed("slimming", weights, mask, "B + SM + F")
+        weights = self.sparsified("slimming", epochs=self._sum("SM"))
+        mask = self.chosen("slimming", weights)
+        return self.removed("slimming", weights, mask, "B + SM + F")
 
     def uniform(self) -> Row:
-        model = self.base.network(self.dense)
-        graph = self.base.trace(model)
-        scores = ms.scores.norm(model, graph)
-        target = graph.cost(ms.KeepMask.load(self.mask, graph)).macs
-        low, high = 0.0, 1.0  # the smallest fraction that removes as many MACs as ours
-        while high - low > 1e-3:
-            middle = (low + high) / 2
-            cost = graph.cost(ms.select.uniform(graph, scores, middle)).macs
-            low, high = (middle, high) if cost > target else (low, middle)
-        path = self.out / "uniform/chosen.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ms.select.uniform(graph, scores, high).save(path)
-        return self._removed("uniform", self.dense, path, "B + SMF", finetune=self.long)
+        mask = self.uniform_mask("uniform", self.mask)
+        return self.removed("uniform", self.dense, mask, "B + SMF", finetune=self.long)
 
     def scratch(self) -> Row:
         phase = replace(self.config.scratch, epochs=self._sum("BSMF"))
@@ -93,22 +84,54 @@ class Arms:
         return self._row(work, {"finetuned": execute(work, "scratch")}, "BSMF", self.mask)
 
     def published(self) -> Row:
-        return self._masked("published", penalty="masked-l1")
+        return self.masked("published", self.mask, penalty="masked-l1")
 
     def ours(self) -> Row:
-        return self._masked("ours")
+        return self.masked("ours", self.mask)
 
     def at_once(self) -> Row:
-        return self._masked("at-once", penalty="decay", decay_span=1.0)
+        return self.masked("at-once", self.mask, penalty="decay", decay_span=1.0)
 
-    def _masked(self, name: str, **settings: Any) -> Row:
+    def sparsified(self, name: str, **settings: Any) -> Path:
+        """Weights after a penalty on all scales, trained from the baseline."""
+        sparsify = replace(self.config.sparsify, **settings)
+        execute(self._work(name, {"weights": self.dense}, sparsify=sparsify), "sparsify")
+        return self.out / name / "sparsify/model.safetensors"
+
+    def chosen(self, name: str, weights: Path, **settings: Any) -> Path:
+        """The mask that the recipe with these settings reads from `weights`."""
+        mask = replace(self.config.mask, **settings)
+        execute(self._work(name, {"weights": weights}, mask=mask), "mask")
+        return self.out / name / "mask/mask.json"
+
+    def uniform_mask(self, name: str, like: Path) -> Path:
+        """Uniform fraction by filter L1 norm: the smallest that removes the MACs of `like`."""
+        model = self.base.network(self.dense)
+        graph = self.base.trace(model)
+        scores = ms.scores.norm(model, graph)
+        target = graph.cost(ms.KeepMask.load(like, graph)).macs
+        low, high = 0.0, 1.0
+        while high - low > 1e-3:
+            middle = (low + high) / 2
+            cost = graph.cost(ms.select.uniform(graph, scores, middle)).macs
+            low, high = (middle, high) if cost > target else (low, middle)
+        path = self.out / name / "chosen.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ms.select.uniform(graph, scores, high).save(path)
+        return path
+
+    def masked(
+        self, name: str, mask: Path, epochs: str = "B + S (mask) + M + F", **settings: Any
+    ) -> Row:
+        """MaskSparsity with a mask: from the baseline to the finetuned slim network."""
         phase = replace(self.config.mask_sparsify, **settings)
-        given = {"weights": self.dense, "mask": self.mask}
+        given = {"weights": self.dense, "mask": mask}
         execute(self._work(name, given, mask_sparsify=phase), "mask-sparsify")
         weights = self.out / name / "mask-sparsify/model.safetensors"
-        return self._removed(name, weights, self.mask, "B + S (mask) + M + F")
+        return self.removed(name, weights, mask, epochs)
 
-    def _removed(self, name: str, weights: Path, mask: Path, epochs: str, **sections: Any) -> Row:
+    def removed(self, name: str, weights: Path, mask: Path, epochs: str, **sections: Any) -> Row:
+        """Removal and finetuning."""
         given = {"weights": weights, "mask": mask}
         pruned = execute(self._work(name, given), "prune")
         work = self._work(name, {}, **sections)
@@ -134,6 +157,7 @@ class Arms:
         row: Row = {f"{k}_accuracy": v["accuracy"] for k, v in found.items()}
         row |= {"macs_removed": 1 - slim.macs / dense.macs, "epochs": self._spell(epochs)}
         row |= {"params_removed": 1 - slim.params / dense.params}
+        row["test_images"] = found["finetuned"]["total"]
         if pruned and weights:
             tensors = load_file(weights)
             scales = [tensors[f"{n}.weight"][k].abs() for n, k in keep.by_norm().items()]
@@ -193,37 +217,38 @@ def main() -> None:
 
 def text(table: dict[str, dict[int, Row]], where: Row) -> str:
     """The table as people read it: accuracies in %, mean ± standard deviation over seeds."""
-    columns = ("before_removal_accuracy", "after_removal_accuracy", "finetuned_accuracy")
-    lines = [
-        "arm         n   before removal    right after      finetuned   ours minus arm     MACs   "
-        "params   kept scale   epochs"
-    ]
     ours = table.get("ours", {})
-    for arm, rows in table.items():
-        if not rows:
-            continue
-        cells = [_spread([100 * r[c] for r in rows.values() if c in r]) for c in columns]
-        both = [s for s in rows if s in ours and arm != "ours"]
-        gain = [100 * (ours[s][columns[2]] - rows[s][columns[2]]) for s in both]
-        first = next(iter(rows.values()))
-        scale = [r["kept_scale"] for r in rows.values() if "kept_scale" in r]
-        macs, params = (
-            -100 * statistics.mean(r[k] for r in rows.values())
-            for k in ("macs_removed", "params_removed")
-        )
-        lines.append(
-            f"{arm:10} {len(rows):>2} {cells[0]:>16} {cells[1]:>14} {cells[2]:>14}"
-            f" {_spread(gain):>16} {macs:>7.1f} % {params:>6.1f} %"
-            f" {statistics.mean(scale) if scale else float('nan'):>10.3f}   {first['epochs']}"
-        )
+    lines = [line(HEADING), *(line(cells(a, r, ours)) for a, r in table.items() if r)]
     return "\n".join([*lines, json.dumps(where)]) + "\n"
 
 
-def _spread(values: list[float]) -> str:
+def cells(arm: str, rows: dict[Any, Row], ours: dict[Any, Row]) -> list[str]:
+    """A line of a table: what an arm's seeds found, and how much better ours did, seed by seed."""
+    found = [[100 * r[c] for r in rows.values() if c in r] for c in ACCURACIES]
+    last = ACCURACIES[-1]
+    gain = [100 * (ours[s][last] - rows[s][last]) for s in rows if s in ours and rows is not ours]
+    scale = [r["kept_scale"] for r in rows.values() if "kept_scale" in r]
+    removed = [
+        f"{100 * statistics.mean(r[k] for r in rows.values()):.1f} %"
+        for k in ("macs_removed", "params_removed")
+    ]
+    kept = f"{statistics.mean(scale):.3f}" if scale else "-"
+    epochs = next(iter(rows.values()))["epochs"]
+    return [arm, str(len(rows)), *map(spread, [*found, gain]), *removed, kept, epochs]
+
+
+def line(cells: Sequence[str]) -> str:
+    widths = (-16, 2, 15, 15, 15, 15, 13, 15, 11)
+    padded = [f"{c:<{-w}}" if w < 0 else f"{c:>{w}}" for c, w in zip(cells, widths, strict=False)]
+    return " ".join([*padded, f"  {cells[-1]}"])
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation; of a single value, itself."""
     if not values:
         return "-"
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 if __name__ == "__main__":

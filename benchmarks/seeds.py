@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from paper_table import spread
+
 STAGES = ("baseline", "before_removal", "after_removal", "finetuned")
 
 
@@ -69,24 +71,18 @@ def table(recipe: str, results: list[dict], command: str) -> str:
     columns = [[100 * r["accuracy"][s] for r in results] for s in STAGES]
     lines.append(
         "mean  "
-        + "".join(f"{_spread(c):>18}" for c in columns)
+        + "".join(f"{spread(c):>18}" for c in columns)
         + f"{statistics.mean(removed):>14.2f} {statistics.mean(seconds):>10.1f}"
     )
     gain = [f - b for b, f in zip(columns[0], columns[3], strict=True)]
     drop = [a - b for a, b in zip(columns[2], columns[1], strict=True)]
     lines += [
-        f"finetuned minus baseline, seed by seed: {_spread(gain)} points",
-        f"right after removal minus right before: {_spread(drop)} points",
+        f"finetuned minus baseline, seed by seed: {spread(gain)} points",
+        f"right after removal minus right before: {spread(drop)} points",
         f"{results[0]['device']}, {platform.machine()}; versions {results[0]['versions']}",
         f"command: {command}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _spread(values: list[float]) -> str:
-    return (
-        f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}"
-    )
 
 
 if __name__ == "__main__":
