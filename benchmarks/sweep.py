@@ -11,7 +11,7 @@ The others are ours at the recipe's own budget, with masks from elsewhere:
 
     factors    sparsity factor of the global L1, times 0.2, 1 and 5
     sources    global L1; polarization in its place; or, without S epochs, the baseline: uniform
-               fraction by filter L1 norm, budget by filter L1 norm, budget by Taylor scores
+               fraction by filter L1 norm; budget by filter L1 norm (norm) or Taylor (taylor)
 
 Ours that is compared with is the recipe as it stands, at the same budget. Trainings that points
 share are done once. Goes on from what is complete under --runs; flags after the recipe go to its
