@@ -29,7 +29,7 @@ class _Inputs(TorchDispatchMode):
     def __init__(self, weights: dict[int, str]):
         super().__init__()
         self.weights = weights
-        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+        self.seen: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -41,8 +41,9 @@ class _Inputs(TorchDispatchMode):
             if owner is not None:
                 axis = 1 if name == "convolution" else x.ndim - 1
                 rows = x.movedim(axis, 0).flatten(1)
-                low, high = self.seen.get(owner, (rows[:, 0], rows[:, 0]))
-                self.seen[owner] = (
+                place = owner, None if name != "convolution" else 0 if args[6] else 1
+                low, high = self.seen.get(place, (rows[:, 0], rows[:, 0]))
+                self.seen[place] = (
                     torch.minimum(low, rows.amin(1)),
                     torch.maximum(high, rows.amax(1)),
                 )
@@ -69,6 +70,7 @@ def absorb(
     """
     model = duplicate(model)
     tensors = dict(named_tensors(model))
+    _refuse_sums(graph, keep, tensors)
     filters = {name for name, _ in graph.consumers} | {norm.weight for norm in graph.norms}
     for name, axis in graph.producers:
         if name in filters:
@@ -82,6 +84,22 @@ def absorb(
     return model, keep
 
 
+def _refuse_sums(graph: ChannelGraph, keep: KeepMask, tensors: dict[str, Tensor]) -> None:
+    """What has no weights of its own (a norm, attention) cannot take anything over."""
+    summed = torch.zeros(graph.units + 1, dtype=torch.bool)
+    summed[graph.swallowed] = True
+    summed[-1] = False
+    for name, axis in sorted(graph.producers):
+        said = tensors[name].detach().cpu()
+        gone = ~keep.slot(name, axis) & summed[graph.slots[name, axis]]
+        if said.ndim == 1 and said[gone].any() and (name, 1) not in graph.consumers:
+            raise MaskSparsityError(
+                f"absorb: removed channels of {name} are summed over by an operation without "
+                "weights, where nothing can stand for them; prune with absorb=None, or drive them "
+                "to zero with ScheduledDecay"
+            )
+
+
 def _constants(
     model: nn.Module, graph: ChannelGraph, keep: KeepMask, tensors: dict[str, Tensor]
 ) -> Constants:
@@ -92,10 +110,11 @@ def _constants(
     found = {}
     for name, axis in sorted(graph.consumers & graph.slots.keys()):
         gone = ~keep.slot(name, axis).to(tensors[name].device)
-        if name not in watch.seen or not gone.any():
+        seen = watch.seen.get((name, axis), watch.seen.get((name, None)))
+        if seen is None or not gone.any():
             continue
         # Of a grouped convolution each index is a channel of every group.
-        low, high = (x.view(-1, len(gone)) for x in watch.seen[name])
+        low, high = (x.view(-1, len(gone)) for x in seen)
         scale = torch.maximum(low.abs(), high.abs())[:, gone].amax()
         if ((high - low)[:, gone] > _SMALL * scale).any():
             raise MaskSparsityError(

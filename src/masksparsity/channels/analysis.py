@@ -9,7 +9,7 @@ from torch import nn
 from . import rules as table
 from .errors import MaskSparsityError
 from .groups import ChannelGraph
-from .network import arguments, batch_size, unwrap
+from .network import arguments, batch_size, of_users, unwrap
 from .probe import protect_what_is_refused
 from .solve import solve
 from .trace import Rule, Slot, Tracer
@@ -49,7 +49,7 @@ def trace(
         raise MaskSparsityError(
             f"the model does not run on example_inputs: {error} (in {tracer.failed or 'the model'})"
         ) from error
-    if tracer.untouched():
+    if tracer.untouched() or of_users(tracer.modules.values()):
         tracer.run_training(model, args, kwargs)
     for name in protect:
         tracer.operation = "protect="

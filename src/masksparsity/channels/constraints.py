@@ -117,7 +117,8 @@ def _second_half(cut: Cut, cuts: list[Cut]) -> bool:
 
 
 def _lists(module: Any, sizes: tuple[int, ...]) -> bool:
-    return any(isinstance(v, (list, tuple)) and tuple(v) == sizes for v in vars(module).values())
+    lists = [v for v in vars(module).values() if isinstance(v, (list, tuple))]
+    return any(all(isinstance(n, int) for n in v) and tuple(v) == sizes for v in lists)
 
 
 def protect_pieces(tracer: Tracer, cuts: list[tuple[Cut, Tensor]], root: Tensor) -> None:

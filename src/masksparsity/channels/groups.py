@@ -85,6 +85,8 @@ class ChannelGraph:
     """Axes that a convolution or matrix product sums over."""
     behind: Mapping[str, str]
     """Weight -> running mean of the norm that alone reads what it makes."""
+    swallowed: Tensor
+    """int64: units that something without weights of its own sums over."""
     constraints: tuple[limits.Equal, ...]
     """Pieces that must keep equal counts."""
     cuts: tuple[Cut, ...]

@@ -163,6 +163,8 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
         x, *rest = args
         if alias:
             t.viewed(x)
+            if move is _same:  # `detach` and `.data` do not say that they are views
+                t.viewed(out)
         found = t.labels(x)
         if not found and not hasattr(out, "_masksparsity_labels"):
             return

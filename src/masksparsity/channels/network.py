@@ -72,6 +72,13 @@ def like(example: tuple[tuple, dict], model: nn.Module) -> tuple[tuple, dict]:
     return tree_map(move, example)
 
 
+def of_users(modules: Iterable[nn.Module]) -> bool:
+    """Is there code that may do other things in train mode, such as return features? That of
+    libraries asks for the sake of dropout, and of auxiliary heads, whose parameters tell."""
+    libraries = ("torch", "torchvision", "timm", "masksparsity")
+    return any(type(m).__module__.partition(".")[0] not in libraries for m in modules)
+
+
 def batch_size(args: tuple, kwargs: dict) -> int:
     """The length of the first axis of the first input tensor."""
     first = next(tensors_in((args, kwargs)), None)
@@ -83,7 +90,17 @@ def at_least_two(x: Any) -> Any:
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    """Also those inside dataclasses and plain objects, which PyTorch takes for leaves."""
+    seen: set[int] = set()
+    todo = [tree]
+    while todo:
+        for leaf in tree_leaves(todo.pop()):
+            if isinstance(leaf, Tensor):
+                yield leaf
+            elif not isinstance(leaf, (type, nn.Module)) and id(leaf) not in seen:
+                seen.add(id(leaf))
+                names = {*getattr(leaf, "__dict__", ()), *getattr(type(leaf), "__slots__", ())}
+                todo.append([getattr(leaf, name, None) for name in sorted(names)])
 
 
 @contextlib.contextmanager

@@ -33,9 +33,6 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
             result = [Labels(m.ids, m.axes, zero([m.clean], args)) for m in labels]
         else:
             result = _merge(t, tensors, found, out, lambda flags: zero(flags, args), args)
-        for x, ms in zip(tensors, found, strict=True):
-            if id(x) in t.names:
-                t.producers |= frozenset().union(*(m.sources for m in ms))
         t.set(out, result, inplace)
 
     return apply

@@ -109,7 +109,8 @@ def _matmul(
     batch = [m for m in t.labels(b) if not m.axes & {into, outof}] if b.ndim > 2 else []
     t.record([*([seen] if seen else []), *rows, *batch])
     t.meet(b, into, ids)
-    t.expose([*rows, *batch, *(m for m in t.labels(b) if into in m.axes)])
+    t.expose([*rows, *batch])
+    t.exposed |= frozenset().union(*(m.sources for m in t.labels(b) if into in m.axes))
     t.consumers |= t.in_slots(b, into)
     outputs, sources, clean = t.out_ids(b, outof)
     if bias is not None:

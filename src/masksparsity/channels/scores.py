@@ -31,10 +31,10 @@ def norm(model: nn.Module, graph: ChannelGraph, p: float = 1, reduce: str = "mea
     the layer, so that coupled layers of different size count alike."""
     tensors = _tensors(model, graph)
     parts = {}
-    for name, axis in graph.producers:
-        weight = tensors[name].detach()
-        if weight.ndim > 1:
-            size = weight.movedim(axis, 0).flatten(1).float().norm(p=p, dim=1)
+    for name, axis in sorted(graph.producers):
+        weight = tensors.get(name)  # no buffers
+        if weight is not None and weight.ndim > 1:
+            size = weight.detach().movedim(axis, 0).flatten(1).float().norm(p=p, dim=1)
             parts[name, axis] = size / size.mean().clamp_min(torch.finfo(torch.float32).tiny)
     return _collect(graph, parts, reduce)
 

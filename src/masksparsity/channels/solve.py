@@ -55,6 +55,7 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
         exposed=frozenset(tracer.exposed & tracer.producers & tracer.slots.keys()),
         consumers=frozenset(tracer.consumers),
         behind={n: mean for n, mean in tracer.behind.items() if (n, 0) not in tracer.exposed},
+        swallowed=to_units(_cat(tracer.swallowed)),
         constraints=limits.constraints(pieces, to_units, free),
         cuts=tuple(
             c._replace(

@@ -7,14 +7,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils._pytree import tree_leaves
 
 from . import constraints as limits
 from .absorb import absorb as hand_over
 from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .mask import KeepMask
-from .network import duplicate, evaluating, like, named_tensors, unwrap
+from .network import duplicate, evaluating, like, named_tensors, tensors_in, unwrap
 from .silence import silence
 from .verify import Refusal, prove, records_now
 
@@ -111,12 +110,11 @@ WRITTEN_DOWN = "_masksparsity_attributes"
 
 def _compare(masked: nn.Module, slim: nn.Module, graph: ChannelGraph) -> None:
     """An attribute may have been more than a length: on the traced inputs, too, nothing changes."""
-    outputs = []
+    outputs: list[list[Tensor]] = []
     for net in (masked, slim):
         args, kwargs = like(graph.example, net)
         with evaluating(net), torch.no_grad():
-            leaves = tree_leaves(net(*args, **kwargs))
-        outputs.append([x for x in leaves if isinstance(x, Tensor)])
+            outputs.append(list(tensors_in(net(*args, **kwargs))))
     for a, b in zip(*outputs, strict=True):
         same = a.shape == b.shape and torch.allclose(a, b, rtol=1e-2, atol=1e-2, equal_nan=True)
         if not same:

@@ -238,8 +238,10 @@ class Tracer(TorchDispatchMode):
             self.pins += [(ids, reason) for ids in found]
 
     def expose(self, labels: Iterable[Labels]) -> None:
+        """Something other than a norm reads these: they are zero only if their producers are."""
         for m in labels:
             self.exposed |= m.sources
+            self.producers |= m.sources
 
     def record(self, labels: Iterable[Labels], scalars: Iterable[Any] = ()) -> None:
         labels = tuple(labels)
