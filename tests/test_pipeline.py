@@ -234,6 +234,7 @@ def test_the_published_penalty_warns_where_it_does_not_reach_zero(
     ("select", "setting", "some", "more"),
     [
         ("budget", "pruned_macs", 0.3, 0.6),
+        ("budget", "pruned_params", 0.3, 0.6),
         ("threshold", "threshold", 1.0, 1.1),
         ("optimal", "energy", 0.1, 0.2),
         ("fraction", "pruned_fraction", 0.3, 0.6),

@@ -45,7 +45,16 @@ def choose_mask(
     }
     match config.select:
         case "budget":
-            return ms.select.budget(graph, scores, pruned_macs=config.pruned_macs, **limits)
+            of_macs = config.pruned_params is None and config.pruned_latency is None
+            return ms.select.budget(
+                graph,
+                scores,
+                pruned_macs=config.pruned_macs if of_macs else None,
+                pruned_params=config.pruned_params,
+                pruned_latency=config.pruned_latency,
+                latency=ms.latency(model, graph),
+                **limits,
+            )
         case "threshold":
             return ms.select.threshold(graph, scores, config.threshold, **limits)
         case "optimal":

@@ -50,7 +50,11 @@ class MaskConfig:
     select: Literal["budget", "threshold", "optimal", "fraction", "uniform"] = "budget"
     """How scores become a mask; each takes the setting named after it below."""
     pruned_macs: float = 0.5
-    """budget: share of the MACs to remove."""
+    """budget: share of the MACs to remove, unless another budget is given."""
+    pruned_params: float | None = None
+    """budget: share of the parameters to remove."""
+    pruned_latency: float | None = None
+    """budget: share of the latency to remove, as measured on this machine, one image at a time."""
     threshold: float = 0.01
     """threshold: scores below it are pruned."""
     energy: float = 1e-4
