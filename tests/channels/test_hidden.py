@@ -164,3 +164,72 @@ def test_absorption_where_a_weight_is_used_both_ways():
     with torch.no_grad():
         slim = ms.prune(model, graph, keep, absorb="exact")
         assert _distance(ms.apply_mask(model, graph, keep)(x), slim(x)) <= TOLERANCE
+
+
+class Literal(nn.Module):
+    """Two convolutions, and a size that is written down in the way to the classifier."""
+
+    def __init__(self, operation, features: int):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 24, 3)
+        self.inter, self.fc, self.out = 24, nn.Linear(features, 12), nn.Linear(12, 2)
+        self.operation = operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.relu(self.fc(self.operation(self, F.relu(self.b(F.relu(self.a(x))))))))
+
+
+LITERALS = {
+    "view": (lambda s, x: x.view(-1, 24 * 16), 24 * 16),
+    "reshape": (lambda s, x: x.reshape(len(x), 24, -1).mean(2), 24),
+    "unflatten": (lambda s, x: x.unflatten(1, (24, 1)).flatten(2).mean(2), 24),
+    "assert": (lambda s, x: _checked(x).mean((2, 3)), 24),
+}
+
+
+def _checked(x: Tensor) -> Tensor:
+    if x.shape[1] != 24:
+        raise TypeError("24 channels, please")
+    return x
+
+
+def _exact(model: nn.Module, x: Tensor, graph: ms.ChannelGraph, seeds: int = 3) -> None:
+    for seed in range(seeds):
+        keep = random_mask(graph, seed)
+        with torch.no_grad():
+            masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
+            assert _distance(masked(x), slim(x)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", LITERALS)
+def test_a_literal_size_protects_only_what_it_is_the_size_of(name):
+    model = Literal(*LITERALS[name]).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.double)
+    graph = ms.trace(model, x)
+    assert [g.name for g in graph.prunable] == ["a", "fc"]
+    assert "does not follow other widths" in str(graph.by_name["b"].reason)
+    _exact(model, x, graph)
+
+
+def test_a_size_in_an_attribute_follows():
+    model = Literal(lambda s, x: x.view(len(x), s.inter, -1).mean(2), 24).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.double)
+    graph = ms.trace(model, x)
+    assert [g.name for g in graph.prunable] == ["a", "b", "fc"]
+    _exact(model, x, graph)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_what_is_scripted_keeps_its_width():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), torch.jit.script(nn.Conv2d(8, 6, 1)), nn.ReLU())
+    assert not ms.trace(model, torch.randn(1, 3, 4, 4)).prunable
+
+
+def test_one_channel_left_of_an_instance_norm():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, affine=True), nn.Conv2d(8, 2, 1))
+    x = torch.randn(3, 3, 7, 7, dtype=torch.double)
+    graph = ms.trace(model.double(), x)
+    keep = ms.KeepMask(graph, {"0": torch.arange(8) == 5})
+    with torch.no_grad():
+        slim = ms.prune(model, graph, keep)
+        assert _distance(ms.apply_mask(model, graph, keep)(x), slim(x)) <= TOLERANCE

@@ -49,7 +49,8 @@ def trace(
         raise MaskSparsityError(
             f"the model does not run on example_inputs: {error} (in {tracer.failed or 'the model'})"
         ) from error
-    if tracer.untouched() or of_users(tracer.modules.values()):
+    theirs = of_users(tracer.modules.values())
+    if theirs or tracer.untouched():
         tracer.run_training(model, args, kwargs)
     for name in protect:
         tracer.operation = "protect="
@@ -58,9 +59,9 @@ def trace(
     for names in tie:
         _tie(tracer, names)
     graph = partial(solve, tracer, (args, kwargs), batch_size(args, kwargs))
-    if not any(cut.pieces for cut in tracer.cuts):
-        return graph()
-    return protect_what_is_refused(tracer, model, graph)
+    if theirs or any(cut.pieces for cut in tracer.cuts):
+        return protect_what_is_refused(tracer, model, graph)
+    return graph()
 
 
 def _tie(tracer: Tracer, names: tuple[str, ...]) -> None:

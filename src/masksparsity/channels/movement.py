@@ -36,7 +36,17 @@ def _view(x: Tensor, m: Labels, new: Sequence[int]) -> Labels:
 
 
 def _runs(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """The shortest runs of old and new axes that hold the same number of elements."""
+    """The shortest runs of old and new axes that hold the same number of elements. Where an axis of
+    size 1 could go with either neighbour, trailing axes that stay as they are stay alone: so a lone
+    channel goes with the batch in (b, 1, h, w) -> (1, b, h, w), and with space in a flatten."""
+    same = 0
+    while same + 1 < min(len(old), len(new)) and 1 < old[-1 - same] == new[-1 - same]:
+        same += 1
+    runs, kept = _leading(old[: len(old) - same], new[: len(new) - same]), range(-same, 0)
+    return runs + [([len(old) + k], [len(new) + k]) for k in kept]
+
+
+def _leading(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
     runs: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) and j < len(new):
@@ -187,7 +197,12 @@ def _reshape(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: b
         new = tuple(out.shape)
         for m in found:
             _unflatten(t, x, m, new)
-        t.set(out, [_view(x, m, new) for m in found])
+        moved = [_view(x, m, new) for m in found]
+        t.set(out, moved)
+        if tuple(x.shape) != new and not t.given:
+            for m in moved:
+                if len(m.axes) == 1:  # its length may be written down
+                    t.cut(_rows(m.ids, *m.axes), ())
 
 
 # What Python has to do right with other widths than the traced ones. Where code takes pieces of an

@@ -75,8 +75,8 @@ def like(example: tuple[tuple, dict], model: nn.Module) -> tuple[tuple, dict]:
 def of_users(modules: Iterable[nn.Module]) -> bool:
     """Is there code that may do other things in train mode, such as return features? That of
     libraries asks for the sake of dropout, and of auxiliary heads, whose parameters tell."""
-    libraries = ("torch", "torchvision", "timm", "masksparsity")
-    return any(type(m).__module__.partition(".")[0] not in libraries for m in modules)
+    libraries = ("torch.nn.", "torchvision.", "timm.", "masksparsity.")  # scripts are users' code
+    return any(not type(m).__module__.startswith(libraries) for m in modules)
 
 
 def batch_size(args: tuple, kwargs: dict) -> int:

@@ -1,24 +1,25 @@
 """Find out, while tracing, which channels no mask may remove because of how the code is written.
 
-Where a network takes an axis apart, its code may hold lengths that do not follow the tensors. Only
-running it tells. So a mask is tried on it, as it would be on the day of pruning; what the proof
-refuses is protected, and the next mask is tried. Networks that take nothing apart pay nothing.
+Code may hold lengths that do not follow the tensors. Only running it tells. So a mask is tried on
+it, as it would be on the day of pruning; what the proof refuses is protected, and the next mask is
+tried. Networks of libraries' modules that take no axis apart pay nothing.
 """
 
 from collections import Counter
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import MaskSparsityError
-from .groups import ChannelGraph
+from .groups import ChannelGraph, ChannelGroup
 from .mask import KeepMask
 from .surgery import prune
 from .trace import Reason, Tracer
 from .verify import Refusal
 
 _MOST = 64  # tries: what is refused then is refused when one prunes
+_PATIENCE = 8  # refusals in modules of one kind, until more of them is protected in one go
 
 
 def protect_what_is_refused(
@@ -26,19 +27,25 @@ def protect_what_is_refused(
 ) -> ChannelGraph:
     """The graph that `solve` makes of what `tracer` saw, with more of it protected."""
     graph = solve()
-    reach: Counter[str] = Counter()
+    refusals: Counter[str] = Counter()
     for _ in range(_MOST):
-        keep = _some(graph)
         try:
-            prune(model, graph, keep)
+            prune(model, graph, _some(graph))
             break
         except Refusal as refusal:
+            alike = _alike(model, refusal.module)
+            level = refusals[alike[0]] // _PATIENCE
+            refusals[alike[0]] += 1
             free = _free(graph)
-            while _free(graph) == free and refusal.module is not None:
-                reach[refusal.module] += 1
-                if not _protect(tracer, model, refusal, reach[refusal.module]):
+            while _free(graph) == free:
+                parts = _suspects(tracer, graph, refusal, alike, level)
+                if parts is None:
                     return graph
-                graph = solve()
+                why = f"code that does not follow other widths: {refusal.why}"[:160]
+                reason = Reason(why, refusal.operation or "forward", refusal.module)
+                tracer.pins += [(part, reason) for part in parts]
+                graph = solve() if parts else graph
+                level += 1
         except MaskSparsityError:
             break
     return graph
@@ -59,29 +66,42 @@ def _some(graph: ChannelGraph) -> KeepMask:
     return KeepMask(graph, keep).repaired()
 
 
-def _protect(tracer: Tracer, model: nn.Module, refusal: Refusal, reach: int) -> bool:
-    """Protect what was refused; if that was not enough, what its module reads, then all in it,
-    then all in the module around it, and so on. False if there is nothing more to protect."""
+def _alike(model: nn.Module, name: str) -> list[str]:
+    """What is written in one module is written in all of its kind."""
     modules = dict(model.named_modules())
-    why = f"code that does not follow other widths: {refusal.why}"[:160]
-    reason = Reason(why, refusal.operation or "forward", refusal.module)
-    kind = type(modules.get(refusal.module))
-    alike = {refusal.module}
-    if not kind.__module__.startswith("torch.nn"):
-        alike |= {name for name, module in modules.items() if type(module) is kind and name}
-    if reach == 1 and refusal.record is not None:
-        parts = list(tracer.records[refusal.record].ids)
-    elif reach <= 2:  # what is written in one module is written in all of its kind
-        parts = [c.whole for c in tracer.cuts if c.module in alike]
-        parts += [i for r in tracer.records if r.module in alike for i in r.ids]
-    else:
-        around = refusal.module
-        for _ in range(reach - 3):
-            around = around.rpartition(".")[0]
-        inside = f"{around}." if around else ""
-        parts = [i for r in tracer.records if f"{r.module}.".startswith(inside) for i in r.ids]
-        parts += [c.whole for c in tracer.cuts if f"{c.module}.".startswith(inside)]
-        if reach - 3 > refusal.module.count(".") + 1:
-            return False
-    tracer.pins += [(part, reason) for part in parts]
-    return True
+    kind = type(modules.get(name))
+    if kind.__module__.startswith("torch.nn."):
+        return [name]
+    return [other for other, module in modules.items() if type(module) is kind] or [name]
+
+
+def _suspects(
+    tracer: Tracer, graph: ChannelGraph, refusal: Refusal, alike: list[str], level: int
+) -> list[Tensor] | None:
+    """What to protect: the channels that entered the operation that failed; if that is not enough,
+    those of the operation before it; what modules of its kind take apart; all that they read; then
+    all in the module around it, and so on. None if there is nothing more."""
+    if level == 0:
+        units = {*refusal.entered.tolist()}
+        entered = [g for g in graph.prunable if units & {*range(g.start, g.start + g.size)}]
+        return [_ids(tracer, graph, group) for group in entered]
+    if level == 1:
+        return [*tracer.records[refusal.record].ids] if refusal.record >= 0 else []
+    if level == 2:
+        return [c.whole for c in tracer.cuts if c.module in alike]
+    if level == 3:
+        return [i for r in tracer.records if r.module in alike for i in r.ids]
+    around = refusal.module
+    for _ in range(level - 4):
+        if not around:
+            return None
+        around = around.rpartition(".")[0]
+    inside = f"{around}." if around else ""
+    parts = [i for r in tracer.records if f"{r.module}.".startswith(inside) for i in r.ids]
+    return parts + [c.whole for c in tracer.cuts if f"{c.module}.".startswith(inside)]
+
+
+def _ids(tracer: Tracer, graph: ChannelGraph, group: ChannelGroup) -> Tensor:
+    """The labels of a group, as one of its tensors has them."""
+    slot, units = next(iter(group.slots.items()))
+    return tracer.slots[slot][(units >= group.start) & (units < group.start + group.size)]

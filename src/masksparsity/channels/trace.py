@@ -119,6 +119,7 @@ class Tracer(TorchDispatchMode):
         self.paths = {id(module): name for name, module in self.modules.items()}
         self.stack: list[str] = [""]
         self.failed: str | None = None  # the module whose forward raised
+        self.fault: tuple[Exception | None, list[Tensor]] = (None, [])
         self.given = given is not None
         self.slots: dict[Slot, Tensor] = dict(given or {})
         self._placed: dict[tuple[int, int, int], Tensor] = {}
@@ -261,6 +262,10 @@ class Tracer(TorchDispatchMode):
         axis %= tensor.ndim
         found = self.labels(tensor)
         along = [m for m in found if axis in m.axes]
+        if not along and self.given and tensor.shape[axis] == 1 and len(found) == 1:
+            (m,) = found  # a lone channel that a view has laid along the batch
+            if m.axes == {0} and m.ids.numel() > 1 and bool((m.ids == m.ids[0]).all()):
+                return m.ids.reshape(-1)[:1], m
         if elsewhere and len(along) < len(found):
             self.pin([m for m in found if axis not in m.axes], elsewhere)
         if len(along) != 1:
@@ -334,7 +339,11 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except Exception as error:
+            self.blame(error, (args, kwargs))
+            raise
         known = self._known.get(func)
         if known is None:
             known = self._known[func] = self._look_up(func)
@@ -344,6 +353,12 @@ class Tracer(TorchDispatchMode):
         else:
             rule(self, self.operation, args, kwargs, out, inplace)
         return out
+
+    def blame(self, error: Exception, args: Any) -> None:
+        """Keep what flowed into the operation that raised; the innermost of those passing it on."""
+        if self.fault[0] is not error:
+            flowing = [x for x in tensors_in(args) if id(x) not in self.names]
+            self.fault = (error, [m.ids for x in flowing for m in self.labels(x)])
 
     def _look_up(self, func: Any) -> tuple[Rule | None, str, bool]:
         name = func._schema.name

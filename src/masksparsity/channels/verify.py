@@ -23,12 +23,22 @@ from .trace import Record, Tracer
 class Refusal(MaskSparsityError):
     """What the proof found wrong, where."""
 
-    def __init__(self, why: str, operation: str, module: str, remedy: str, record: int | None):
+    def __init__(
+        self,
+        why: str,
+        operation: str,
+        module: str,
+        remedy: str,
+        record: int,
+        entered: Tensor | None = None,
+    ):
         place = f"{operation} in {module or 'the model itself'}" if operation else module
         super().__init__(f"refused: {why} ({place}). {remedy}")
         self.why, self.operation, self.module = why, operation, module
         self.record = record
-        """Number of the record that differs; None where the slim model does not run."""
+        """Number of the record that differs; where the slim model does not run, the last one."""
+        self.entered = torch.zeros(0, dtype=torch.int64) if entered is None else entered
+        """Units that flowed into the operation that raised."""
 
 
 def records_now(model: nn.Module, graph: ChannelGraph) -> tuple[Record, ...]:
@@ -67,13 +77,16 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
         failure = error
     _compare(slim, tracer, graph, units, ran=failure is None)
     if failure is not None:
+        raised, flowing = tracer.fault
+        entered = [ids.reshape(-1) % width - 1 for ids in flowing if raised is failure]
         raise Refusal(
             f"the slim model does not run: {failure}",
             "",
             tracer.failed or "",
             "A size that is written down in forward, or in an operation that is not traced, has to "
             "follow the tensors; or protect the channels with trace(..., protect=...)",
-            None,
+            len(tracer.records) - 1,
+            torch.cat(entered) if entered else None,
         ) from failure
 
 
@@ -85,6 +98,7 @@ def _compare(
         "Choose equal counts in the pieces that meet there, or protect the channels with "
         "trace(..., protect=...)"
     )
+    alone = "a channel that is left alone cannot be told from none: keep two there"
     width = len(units)
     expected: dict[int, Tensor] = {}
     agreed: set[tuple[int, int]] = set()
@@ -106,14 +120,16 @@ def _compare(
             return
         now = replayed[k]
         if (now.operation, len(now.ids)) != (dense.operation, len(dense.ids)):
-            refuse("the slim model takes another way here")
+            lone = now.operation == dense.operation and any(_lone(i, units) for i in dense.ids)
+            refuse(alone if lone else "the slim model takes another way here")
         for before, after in zip(dense.ids, now.ids, strict=True):
             if (id(before), id(after)) in agreed:
                 continue
             if id(before) not in expected:
                 expected[id(before)] = before[units[before]] + 1
             if not torch.equal(expected[id(before)], after.reshape(-1) % width):
-                refuse("it would read other channels than before")
+                lone = _lone(before, units)
+                refuse(alone if lone else "it would read other channels than before")
             agreed.add((id(before), id(after)))
         for before, shape, after in zip(dense.ids, dense.shapes, now.ids, strict=True):
             if shape is not None and not _aligned(units[before].view(shape), after.shape):
@@ -123,12 +139,17 @@ def _compare(
     if len(replayed) > len(records):
         extra = replayed[len(records)]
         why = "the slim model takes another way here"
-        raise Refusal(why, extra.operation, extra.module, remedy, None)
+        raise Refusal(why, extra.operation, extra.module, remedy, len(records) - 1)
 
 
 def _gone(record: Record, units: Tensor) -> bool:
     """Did an operation read a group of which nothing stays?"""
     return any(len(ids) and not units[ids].any() for ids in record.ids)
+
+
+def _lone(ids: Tensor, units: Tensor) -> bool:
+    """Does one channel of several stay?"""
+    return len(ids[units[ids]].unique()) == 1 < len(ids.unique())
 
 
 def _aligned(kept: Tensor, shape: torch.Size) -> bool:

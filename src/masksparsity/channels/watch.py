@@ -35,7 +35,11 @@ class Escapes(TorchFunctionMode):
             found = self.tracer.labels(args[0])
             self.tracer.expose(found)
             self.tracer.pin(found, "values leave PyTorch")
-        return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except Exception as error:  # `reshape` finds out before it becomes an operation
+            self.tracer.blame(error, (args, kwargs))
+            raise
 
 
 @contextlib.contextmanager
