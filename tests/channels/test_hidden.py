@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d, deform_conv2d
 
 import masksparsity as ms
 
@@ -233,3 +233,87 @@ def test_one_channel_left_of_an_instance_norm():
     with torch.no_grad():
         slim = ms.prune(model, graph, keep)
         assert _distance(ms.apply_mask(model, graph, keep)(x), slim(x)) <= TOLERANCE
+
+
+class Recurrent(nn.Module):
+    """Convolutions that a recurrent layer reads, column by column."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+        self.r, self.out = kind(16, 5, **options), nn.LazyLinear(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(F.relu(self.a(x))).relu().permute(3, 0, 1, 2).flatten(2)
+        y = self.r(y)[0] if isinstance(self.r, nn.RNNBase) else self.r(y[0])
+        return self.out(y[0] if isinstance(y, tuple) else y)
+
+
+KINDS = {
+    "lstm": (nn.LSTM, {"bidirectional": True, "num_layers": 2}),
+    "projected": (nn.LSTM, {"proj_size": 3}),
+    "gru": (nn.GRU, {"num_layers": 2}),
+    "rnn": (nn.RNN, {"bias": False}),
+    "lstm cell": (nn.LSTMCell, {}),
+    "gru cell": (nn.GRUCell, {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("dtype", [torch.float, torch.double])
+@pytest.mark.parametrize("name", KINDS)
+def test_recurrent_layers_read_channels_and_keep_their_units(name, dtype):
+    """In single precision some of them are one operation."""
+    kind, options = KINDS[name]
+    model, x = Recurrent(kind, **options), torch.randn(2, 1, 2, 7)
+    model(x)
+    graph = ms.trace(model.to(dtype), x.to(dtype))
+    assert {"a", "b"} == {g.name for g in graph.prunable}
+    _exact(model.double(), x.double(), graph)
+    slim = ms.prune(model, graph, random_mask(graph, 1))
+    assert slim.r.input_size < 16
+    assert slim.r.hidden_size == 5
+
+
+def _deformable(s: nn.Module, x: Tensor) -> Tensor:
+    return deform_conv2d(x, s.offset(x), s.w, padding=1)
+
+
+WHOLE = {
+    "expanded norm": lambda: Middle(lambda s, x: F.normalize(x, dim=1)),
+    "computed weight": lambda: Middle(lambda s, x: F.conv2d(x, s.w * 0.5), w=row(8, 8, 1, 1)),
+    "computed matrix": lambda: Middle(
+        lambda s, x: F.linear(x.permute(0, 2, 3, 1), s.w * 0.5).permute(0, 3, 1, 2), w=row(8, 8)
+    ),
+    "topk": lambda: Middle(lambda s, x: x.flatten(2).topk(9)[0].view(len(x), -1, 3, 3)),
+    "sort": lambda: Middle(lambda s, x: x.sort(dim=3, descending=True)[0]),
+    "cumsum": lambda: Middle(lambda s, x: x.cumsum(2)),
+    "unpool": lambda: Middle(
+        lambda s, x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), kernel_size=2)
+    ),
+    "grid": lambda: Middle(
+        lambda s, x: F.grid_sample(x, s.g, align_corners=True),
+        g=row(2, 5, 5, 2),
+    ),
+    "rrelu": lambda: Middle(lambda s, x: F.rrelu(x)),
+    "deformable": lambda: Middle(_deformable, w=row(8, 8, 3, 3), offset=nn.Conv2d(8, 18, 1)),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_nothing_is_protected_needlessly(name):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.double)
+    model = calibrated(WHOLE[name](), x)
+    graph = ms.trace(model, x)
+    assert any(("a.weight", 0) in g.slots for g in graph.prunable)
+    _exact(model, x, graph)
+
+
+def test_a_report_tells_what_was_not_used():
+    class Other(Middle):
+        def __init__(self) -> None:
+            super().__init__(lambda s, x: x)
+            self.spare = nn.Conv2d(8, 8, 1)
+
+    assert str(ms.trace(Other(), torch.randn(1, 3, 4, 4))).endswith("inputs: spare")

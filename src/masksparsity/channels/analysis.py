@@ -11,6 +11,7 @@ from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .network import arguments, batch_size, of_users, unwrap
 from .probe import protect_what_is_refused
+from .recurrent import protect_units
 from .solve import solve
 from .trace import Rule, Slot, Tracer
 
@@ -52,6 +53,7 @@ def trace(
     theirs = of_users(tracer.modules.values())
     if theirs or tracer.untouched():
         tracer.run_training(model, args, kwargs)
+    protect_units(tracer)
     for name in protect:
         tracer.operation = "protect="
         for slot in _made_by(tracer, name):

@@ -98,6 +98,8 @@ class ChannelGraph:
     modules: Mapping[str, type]
     shapes: Mapping[str, torch.Size]
     parameters: frozenset[str]
+    unused: tuple[str, ...]
+    """Parameters that no operation used on the example inputs: they keep their shape."""
     example: tuple[tuple, dict]
     rules: Mapping[str, Rule]
 
@@ -164,6 +166,8 @@ class ChannelGraph:
             lines.append(repr(group))
             lines.append(f"    made by {_some(made)}; read by {_some(read)}")
         lines += [str(constraint) for constraint in self.constraints]
+        if self.unused:
+            lines.append(f"not used on these inputs: {_some([*self.unused])}")
         return "\n".join(lines)
 
 

@@ -175,6 +175,9 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
             t.viewed(x)
             if move is _same:  # `detach` and `.data` do not say that they are views
                 t.viewed(out)
+            if op.startswith("unsafe_"):  # nor do these
+                for part in out:
+                    t.viewed(part)
         found = t.labels(x)
         if not found and not hasattr(out, "_masksparsity_labels"):
             return
@@ -312,6 +315,7 @@ RULES["squeeze"] = _movement(_squeeze, True)
 RULES["slice"] = _movement(_slice, True)
 RULES["select"] = _movement(_select, True)
 RULES["split"] = RULES["split_with_sizes"] = _movement(_split, True)
+RULES["unsafe_split"] = RULES["unsafe_split_with_sizes"] = RULES["split"]
 RULES["unbind"] = _movement(_unbind, True)
 RULES["expand"] = _movement(_expand, True)
 RULES["flip"] = _movement(_flip, False)

@@ -66,7 +66,7 @@ def _merge(
     for ids, axes, clean in merged:
         if len(clean) < len(tensors) and any(
             index not in clean
-            and any(a >= out.ndim - x.ndim and x.shape[a - out.ndim + x.ndim] > 1 for a in axes)
+            and any(_varies(x, a - out.ndim + x.ndim) for a in axes)
             and not t.is_blank(x)
             for index, x in enumerate(tensors)
         ):
@@ -81,6 +81,13 @@ def _merge(
                 flags.append(a == 0)
         result.append(Labels(ids, axes, zero(flags)))
     return result
+
+
+def _varies(x: Tensor, axis: int) -> bool:
+    """What was expanded along an axis has one value there, whatever its length."""
+    if axis < 0 or x.shape[axis] == 1:
+        return False
+    return x.layout != torch.strided or x.stride(axis) != 0
 
 
 def _first(flags: list[bool], args: Any) -> bool:
@@ -143,7 +150,8 @@ def _divide(flags: list[bool], args: Any) -> bool:
 
 ZERO_AT_ZERO = """relu relu6 silu gelu mish tanh hardswish leaky_relu elu selu celu hardshrink
 softshrink abs neg positive sign sqrt square erf floor round ceil trunc expm1 log1p asin atan sin
-sinh asinh tan frac sgn nan_to_num native_dropout dropout _prelu_kernel prelu remainder fmod"""
+sinh asinh tan frac sgn nan_to_num native_dropout dropout _prelu_kernel prelu remainder fmod
+rrelu_with_noise"""
 NOT_ZERO_AT_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp exp2 cos cosh acos log log2 log10
 rsqrt reciprocal rsub eq ne ge le gt lt logical_not isnan isfinite isinf bitwise_and bitwise_or
 bitwise_not atan2 lgamma digamma"""

@@ -12,10 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import movement, pointwise, space
+from . import movement, pointwise, recurrent, space
 from .trace import Labels, Norm, Product, Rule, Tracer
 
-RULES: dict[str, Rule] = {**movement.RULES, **pointwise.RULES, **space.RULES}
+RULES: dict[str, Rule] = {
+    **movement.RULES,
+    **pointwise.RULES,
+    **space.RULES,
+    **recurrent.RULES,
+}
 
 _ELSEWHERE = "channels lie along another axis"
 _SECOND = frozenset({1})
@@ -56,7 +61,7 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
             t.meet(weight, into, inputs)
             _tie_groups(t, ids, groups)
             _tie_groups(t, outputs, groups)
-    t.consumers |= t.in_slots(weight, into)
+    _read_by(t, weight, into, ids)
     known = sources or outputs.any()
     if bias is not None:
         t.meet(bias, 0, outputs)
@@ -69,11 +74,33 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
     t.set(out, [_channels(t, outputs, out.ndim, clean, sources)] if known else ())
 
 
+def _read_by(t: Tracer, weight: Tensor, into: int, ids: Tensor) -> None:
+    """A weight sums over channels. One that is computed has no slot that could tell so."""
+    slots = t.in_slots(weight, into)
+    t.consumers |= slots
+    if not slots and any(into in m.axes for m in t.labels(weight)):
+        t.swallowed.append(ids)
+
+
 def _tie_groups(t: Tracer, ids: Tensor, groups: int) -> None:
     """Groups stay equal: position j of every group lives and dies together."""
     if groups > 1:
         rows = ids.view(groups, -1)
         t.unite(rows, rows[:1])
+
+
+@rule("torchvision::deform_conv2d")
+def deformable(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    x, weight, offset, mask, bias, *steps, groups, offset_groups, _ = args
+    if offset_groups > 1:  # each moves channels of its own
+        t.unknown(args, kwargs, out)
+        return
+    t.pin([*t.labels(offset), *t.labels(mask)], "values become positions")
+    # For no bias the library makes zeros.
+    made = id(bias) not in t.names and not t.labels(bias) and not bias.any()
+    convolution(
+        t, op, (x, weight, None if made else bias, steps, 0, 0, False, 0, groups), {}, out, False
+    )
 
 
 @rule("addmm")
@@ -111,7 +138,7 @@ def _matmul(
     t.meet(b, into, ids)
     t.expose([*rows, *batch])
     t.exposed |= frozenset().union(*(m.sources for m in t.labels(b) if into in m.axes))
-    t.consumers |= t.in_slots(b, into)
+    _read_by(t, b, into, ids)
     outputs, sources, clean = t.out_ids(b, outof)
     if bias is not None:
         t.meet(bias, 0, outputs)
@@ -263,7 +290,9 @@ def weight_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: b
     direction, length, axis = (*args, 0)[:3]
     found = t.labels(direction)
     t.record([*found, *t.labels(length)])
-    t.pin([m for m in found if m.axes != {axis}], "counts into the length of a filter")
+    fold = "fold it first, with torch.nn.utils.remove_weight_norm or remove_parametrizations"
+    why = f"counts into the length of a filter: {fold}"
+    t.pin([m for m in found if m.axes != {axis}], why)
     ids = t.read(direction, axis)[0]
     t.meet(length, axis, ids)
     sources = t.in_slots(length, axis)

@@ -76,6 +76,7 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
         modules={name: type(module) for name, module in tracer.modules.items()},
         shapes={name: tensor.shape for name, tensor in tensors.items()},
         parameters=frozenset(n for n, t in tensors.items() if isinstance(t, nn.Parameter)),
+        unused=tracer.untouched(),
         example=example,
         rules=tracer.rules,
     )

@@ -29,6 +29,8 @@ def spatial(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool)
                 ids = ids.narrow(a, 0, 1)
             passing.append(Labels(ids, m.axes.difference(moving), m.clean))
     t.set(result, passing)
+    if isinstance(out, tuple):  # where the maxima are
+        t.set(out[1], [m._replace(clean=False) for m in passing])
 
 
 def _alike(t: Tracer, m: Labels, axes: Any) -> None:
@@ -162,6 +164,37 @@ def roi_align(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: 
     t.set(out, [m._replace(sources=frozenset()) for m in found if m.axes == {1}])
 
 
+def unpool(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """Values go back to where their channel's maxima were."""
+    found, places = t.labels(args[0]), t.labels(args[1])
+    t.record([*found, *places], [args[2:]])
+    t.expose([*found, *places])
+    if len(found) == len(places) == 1 and found[0].axes == places[0].axes == {1}:
+        t.unite(found[0].ids, places[0].ids)
+        t.set(out, [found[0]._replace(sources=frozenset())])
+    else:
+        t.pin([*found, *places], "channels lie along another axis")
+        t.set(out, ())
+
+
+def order(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
+    """Values in order, or added up, along an axis: what else they are labelled by passes."""
+    x, place = args[0], 2 if op == "topk" else 1
+    dim = (args[place] if len(args) > place else kwargs.get("dim", -1)) % x.ndim
+    found = t.labels(x)
+    t.record(found, numbers(args))
+    t.expose(found)
+    t.pin([m for m in found if dim in m.axes], "in order over channels")
+    passing = [m._replace(sources=frozenset()) for m in found if dim not in m.axes]
+    values, *places = out if isinstance(out, tuple) else (out,)
+    t.set(values, passing, inplace)
+    for tensor in places:
+        t.set(tensor, [m._replace(clean=False) for m in passing])
+
+
+RULES.update(dict.fromkeys(["topk", "sort", "cumsum", "cummax", "cummin"], order))
+RULES["max_unpool2d"] = unpool
+RULES["grid_sampler_2d"] = RULES["grid_sampler_3d"] = RULES["cudnn_grid_sampler"] = roi_align
 RULES["torchvision::roi_align"] = RULES["torchvision::roi_pool"] = roi_align
 
 

@@ -186,6 +186,11 @@ def _group_norm(old: Any, new: Any) -> None:
         new.num_channels = len(new.weight)
 
 
+def _recurrent(old: Any, new: Any) -> None:
+    first = "weight_ih_l0" if isinstance(new, nn.RNNBase) else "weight_ih"
+    new.input_size = getattr(new, first).shape[1]
+
+
 def _prelu(old: Any, new: Any) -> None:
     new.num_parameters = len(new.weight)
 
@@ -197,6 +202,8 @@ ATTRIBUTES: dict[type, Callable[[Any, Any], None]] = {
     nn.modules.batchnorm._NormBase: _norm,
     nn.GroupNorm: _group_norm,
     nn.PReLU: _prelu,
+    nn.RNNBase: _recurrent,
+    nn.RNNCellBase: _recurrent,
 }
 """Module type -> fix(old, new), which sets the attributes that follow from the tensors' shapes."""
 

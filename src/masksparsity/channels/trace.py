@@ -387,10 +387,11 @@ class Tracer(TorchDispatchMode):
             tensor.is_floating_point() and tensor.shape[axis] > 1 and (axis < 2 or tensor.ndim == 3)
         )
 
-    def untouched(self) -> bool:
-        """Did no operation use some of the parameters?"""
+    def untouched(self) -> tuple[str, ...]:
+        """The parameters that no operation used."""
         used = self.touched | self._own.keys()
-        return any(isinstance(t, nn.Parameter) for n, t in self.tensors.items() if n not in used)
+        rest = (n for n, t in self.tensors.items() if isinstance(t, nn.Parameter))
+        return tuple([n for n in rest if n not in used])
 
     def run_training(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """One more forward, in train mode, for auxiliary heads that are used there only. Where it
