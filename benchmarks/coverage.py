@@ -1,7 +1,8 @@
 """Which networks prune, how much of them, and is the result exact?
 
-All image networks of torchvision and the smallest member of every family of timm (a family: one
-module of timm and the first word of the name), or of either what `--only` asks for. Each in a
+All image networks of torchvision and the smallest member of every family of convolutional networks
+of timm (a family: one module of timm and the first word of the name), or of either what `--only`
+asks for. Each in a
 process of its own: trace, a random mask with another fraction in every group, prune; `apply_mask`
 against `prune` in double precision, in eval and in train mode; a training step of the slim model;
 its archive, saved and loaded to the bit. A refusal by the proof is listed, and no error. Exit code

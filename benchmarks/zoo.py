@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 import masksparsity as ms
 
 SIZES = (64, 96, 128, 192, 224, 256, 299, 384, 448, 512)
+FEW_CONVOLUTIONS = 5  # with fewer it is a transformer or a mixer behind its patches
 FEW = ["box_detections_per_img", "rpn_post_nms_top_n_test", "rpn_post_nms_top_n_train"]
 FEW += ["box_batch_size_per_image"]
 
@@ -31,10 +32,13 @@ def names(library: str, only: str | None) -> list[str]:
         family = (_registry._model_to_module[name], word)
         try:
             with torch.device("meta"):
-                size = float(sum(p.numel() for p in timm.create_model(name).parameters()))
-        except Exception:  # needs real values while it is built
-            size = 1e12
-        smallest[family] = min(smallest.get(family, (size, name)), (size, name))
+                model = timm.create_model(name)
+        except Exception:  # needs real values while it is built: only if there is nothing else
+            smallest.setdefault(family, (float("inf"), name))
+            continue
+        if sum(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules()) >= FEW_CONVOLUTIONS:
+            size = sum(p.numel() for p in model.parameters())
+            smallest[family] = min(smallest.get(family, (size, name)), (size, name))
     return [name for _, name in sorted(set(smallest.values()))]
 
 
