@@ -116,7 +116,7 @@ class Tracer(TorchDispatchMode):
         self.modules = dict(model.named_modules())
         self.tensors = dict(named_tensors(model))
         self.names = {id(tensor): name for name, tensor in self.tensors.items()}
-        self.paths = {id(module): name for name, module in self.modules.items()}
+        self.paths: dict[int, str] = {id(module): name for name, module in self.modules.items()}
         self.stack: list[str] = [""]
         self.failed: str | None = None  # the module whose forward raised
         self.fault: tuple[Exception | None, list[Tensor]] = (None, [])

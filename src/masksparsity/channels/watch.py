@@ -2,13 +2,26 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-if TYPE_CHECKING:
-    from .trace import Tracer
+
+class Follower(Protocol):
+    """The tracer, as far as it is told what happens."""
+
+    operation: str
+    stack: list[str]
+    failed: str | None
+    paths: dict[int, str]
+
+    @property
+    def module(self) -> str: ...
+    def labels(self, tensor: Tensor) -> Any: ...
+    def expose(self, labels: Any) -> None: ...
+    def pin(self, labels: Any, why: str) -> None: ...
+    def blame(self, error: Exception, args: Any) -> None: ...
 
 
 class Escapes(TorchFunctionMode):
@@ -19,7 +32,7 @@ class Escapes(TorchFunctionMode):
         for name in ("numpy", "__array__", "tolist", "data_ptr", "__dlpack__", "untyped_storage")
     )
 
-    def __init__(self, tracer: "Tracer"):
+    def __init__(self, tracer: Follower):
         super().__init__()
         self.tracer = tracer
 
@@ -43,7 +56,7 @@ class Escapes(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def module_stack(tracer: "Tracer") -> Iterator[None]:
+def module_stack(tracer: Follower) -> Iterator[None]:
     def enter(module: nn.Module, args: Any) -> None:
         tracer.stack.append(tracer.paths.get(id(module), tracer.module))
         tracer.failed = None
