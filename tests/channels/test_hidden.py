@@ -128,6 +128,7 @@ def test_a_list_of_tensors_beside_a_split():
             super().__init__()
             self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
             self.grid, self.sizes = [torch.zeros(2), torch.zeros(2)], [3, 5]
+            self.about = [{"stage": 1}]
 
         def forward(self, x: Tensor) -> Tensor:
             return self.b(torch.cat(self.a(x).split(self.sizes, 1), 1))

@@ -118,7 +118,7 @@ def _second_half(cut: Cut, cuts: list[Cut]) -> bool:
 
 def _lists(module: Any, sizes: tuple[int, ...]) -> bool:
     lists = [v for v in vars(module).values() if isinstance(v, (list, tuple))]
-    return any(all(isinstance(n, int) for n in v) and tuple(v) == sizes for v in lists)
+    return any(all(type(n) is int for n in v) and tuple(v) == sizes for v in lists)
 
 
 def protect_pieces(tracer: Tracer, cuts: list[tuple[Cut, Tensor]], root: Tensor) -> None:
@@ -166,7 +166,7 @@ def follow(slim: nn.Module, cuts: Iterable[Cut], keep: Tensor) -> dict[str, dict
             continue
         for attribute, old in list(vars(modules[name]).items()):
             value = tuple(old) if isinstance(old, (list, tuple)) else old
-            if isinstance(value, bool) or not isinstance(value, (int, tuple)):
+            if any(type(n) is not int for n in (value if isinstance(value, tuple) else [value])):
                 continue
             new = lengths.get(value)
             if new is not None and new != value:
