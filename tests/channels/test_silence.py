@@ -139,3 +139,50 @@ def test_what_the_network_cannot_do_without_is_refused(case):
     with pytest.raises(ms.MaskSparsityError, match=r"cannot do without; keep\.repaired"):
         ms.prune(model, graph, nothing)
     ms.prune(model, graph, nothing.repaired())
+
+
+def test_limits_hold_for_what_nobody_hears_any_more():
+    """With its reader silent a layer may go as well, unless it is to stay."""
+    torch.manual_seed(0)
+    branch = nn.Sequential(*(nn.Conv2d(8, 8, 1) for _ in range(3)))
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.branch, self.head = nn.Conv2d(3, 8, 1), branch, nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(x + self.branch(x))
+
+    model = Residual()
+    graph = ms.trace(model, torch.randn(2, 3, 4, 4))
+    scores = {n: s + 1 for n, s in ms.scores.norm(model, graph).items()}
+    scores["branch.1"] *= 0
+    for limits in ({"ignore": ("branch.0",)}, {"ignore": "branch.0"}):
+        keep = ms.select.threshold(graph, scores, 0.5, min_keep=0, **limits)
+        assert keep["branch.0"].all()
+        assert not keep["branch.1"].any()
+    assert not ms.select.threshold(graph, scores, 0.5, min_keep=0)["branch.0"].any()
+
+
+def test_silent_layers_are_pickled(case, tmp_path: Path):
+    model, graph, inputs, keep = case
+    slim = ms.prune(model, graph, keep)
+    torch.save(slim, tmp_path / "slim.pt")
+    again = torch.load(tmp_path / "slim.pt", weights_only=False)
+    assert torch.equal(outputs(again, inputs), outputs(slim, inputs))
+
+
+def test_a_forward_of_its_own_is_not_silenced():
+    """Torch refuses to run it without channels, and so do we."""
+    torch.manual_seed(0)
+    model = gated()
+    model[3].project.forward = lambda y: 2 + nn.Conv2d.forward(model[3].project, y)
+    inputs = torch.randn(2, 3, 8, 8)
+    graph = ms.trace(model, inputs)
+    none = {
+        n: torch.zeros(graph.by_name[n].size, dtype=torch.bool) for n in ("3.expand", "3.squeeze")
+    }
+    with pytest.raises(ms.MaskSparsityError):
+        ms.prune(model, graph, ms.KeepMask(graph, none))

@@ -114,6 +114,17 @@ OPERATIONS = {
     "global": lambda x: x * (x.shape[1] ** -0.5),
     "mean all": lambda x: x * x.mean(),
     "sum all": lambda x: x * x.sum(),
+    "count": lambda x: x / torch.ones_like(x).sum(1, keepdim=True),
+    "count by conv": lambda x: (
+        x / F.conv2d(torch.ones_like(x), torch.ones(1, x.shape[1], 3, 3, dtype=x.dtype), padding=1)
+    ),
+    "count by product": lambda x: x * torch.ones_like(x).flatten(1).mm(x.new_ones(512, 1)).mean(),
+    "share of ones": lambda x: x * torch.ones_like(x).softmax(1)[:, :1],
+    "mean square": lambda x: x * F.mse_loss(torch.ones_like(x), torch.zeros_like(x)),
+    "x log x": lambda x: (x.abs() * x.abs().log()).nan_to_num(5.0),
+    "x rsqrt x": lambda x: (x * x.abs().rsqrt()).nan_to_num(5.0),
+    "x / x": lambda x: (x / x).nan_to_num(5.0),
+    "remainder": lambda x: torch.remainder(x, x.abs()).nan_to_num(5.0),
     "gate sum": lambda x: x * torch.sigmoid(x.sum(1, keepdim=True)),
     "max c": lambda x: x * torch.sigmoid(x.amax(1, keepdim=True)),
 }

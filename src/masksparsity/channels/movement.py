@@ -214,7 +214,8 @@ def _reshape(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: b
 
 
 def _rows(ids: Tensor, axis: int) -> Tensor:
-    return ids.movedim(axis, -1).reshape(-1, ids.shape[axis])
+    length = ids.shape[axis]
+    return ids.movedim(axis, -1).reshape(ids.numel() // max(1, length), length)
 
 
 def _cut_split(t: Tracer, x: Tensor, m: Labels, sizes: Any, dim: int = 0) -> None:

@@ -29,6 +29,9 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
             return
         t.record(labels, numbers(args))
         t.expose(labels)
+        pole = _pole(op, args)
+        if isinstance(pole, Tensor):  # whatever is made of it: 0 times infinity is not zero
+            t.pin([m for m in t.labels(pole) if m.clean], "infinite at zero")
         if len(tensors) == 1:
             result = [Labels(m.ids, m.axes, zero([m.clean], args)) for m in labels]
         else:
@@ -36,6 +39,16 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
         t.set(out, result, inplace)
 
     return apply
+
+
+def _pole(op: str, args: Sequence[Any]) -> Any:
+    """The operand at whose zero the operation is infinite or undefined."""
+    if op in ("div", "remainder", "fmod"):
+        return args[1]
+    if op == "addcdiv":
+        return args[2]
+    negative = op == "pow" and isinstance(args[1], (int, float)) and args[1] < 0
+    return args[0] if negative or op in INFINITE_AT_ZERO else None
 
 
 def _merge(
@@ -145,24 +158,24 @@ def _between(flags: list[bool], args: Any) -> bool:
 
 
 def _divide(flags: list[bool], args: Any) -> bool:
-    return flags[0] and not any(flags[1:])  # 0 / 0 is not zero
+    return isinstance(args[0], Tensor) and flags[0] and not any(flags[1:])  # 0 / 0 is not zero
 
 
 ZERO_AT_ZERO = """relu relu6 silu gelu mish tanh hardswish leaky_relu elu selu celu hardshrink
 softshrink abs neg positive sign sqrt square erf floor round ceil trunc expm1 log1p asin atan sin
-sinh asinh tan frac sgn nan_to_num native_dropout dropout _prelu_kernel prelu remainder fmod
+sinh asinh tan frac sgn nan_to_num native_dropout dropout _prelu_kernel prelu
 rrelu_with_noise"""
-NOT_ZERO_AT_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp exp2 cos cosh acos log log2 log10
-rsqrt reciprocal rsub eq ne ge le gt lt logical_not isnan isfinite isinf bitwise_and bitwise_or
-bitwise_not atan2 lgamma digamma"""
+NOT_ZERO_AT_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp exp2 cos cosh acos rsub eq ne ge
+le gt lt logical_not isnan isfinite isinf bitwise_and bitwise_or bitwise_not atan2"""
+INFINITE_AT_ZERO = ("log", "log2", "log10", "rsqrt", "reciprocal", "lgamma", "digamma")
 
 RULES: dict[str, Rule] = {}
 RULES.update(dict.fromkeys(ZERO_AT_ZERO.split(), pointwise(_first)))
-RULES.update(dict.fromkeys(NOT_ZERO_AT_ZERO.split(), pointwise(_never)))
+RULES.update(dict.fromkeys([*NOT_ZERO_AT_ZERO.split(), *INFINITE_AT_ZERO], pointwise(_never)))
 RULES.update(dict.fromkeys(("add", "sub", "maximum", "minimum"), pointwise(_all)))
 RULES.update(dict.fromkeys(("clamp", "hardtanh", "clamp_min"), pointwise(_clamp)))
 RULES["mul"] = pointwise(lambda flags, args: any(flags))
-RULES["div"] = pointwise(_divide)
+RULES.update(dict.fromkeys(("div", "remainder", "fmod"), pointwise(_divide)))
 RULES["pow"] = pointwise(_power)
 RULES["threshold"] = pointwise(_threshold)
 RULES["clamp_max"] = pointwise(_clamp_max)

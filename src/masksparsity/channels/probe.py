@@ -19,6 +19,7 @@ from .trace import Reason, Tracer
 from .verify import Refusal
 
 _MOST = 64  # tries: what is refused then is refused when one prunes
+_ENOUGH = 2  # masks in a row that pass: one may fit by chance
 _PATIENCE = 8  # refusals in modules of one kind, until more of them is protected in one go
 
 
@@ -28,11 +29,15 @@ def protect_what_is_refused(
     """The graph that `solve` makes of what `tracer` saw, with more of it protected."""
     graph = solve()
     refusals: Counter[str] = Counter()
-    for _ in range(_MOST):
+    passed = 0
+    for trial in range(_MOST):
         try:
-            prune(model, graph, _some(graph))
-            break
+            prune(model, graph, _some(graph, trial))
+            passed += 1
+            if passed == _ENOUGH:
+                break
         except Refusal as refusal:
+            passed = 0
             alike = _alike(model, refusal.module)
             level = refusals[alike[0]] // _PATIENCE
             refusals[alike[0]] += 1
@@ -55,9 +60,9 @@ def _free(graph: ChannelGraph) -> int:
     return sum(group.size for group in graph.prunable)
 
 
-def _some(graph: ChannelGraph) -> KeepMask:
+def _some(graph: ChannelGraph, seed: int) -> KeepMask:
     """About a third of every group goes, another number in each."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     keep = {}
     for group in graph.prunable:
         values = torch.rand(group.size, generator=generator)

@@ -43,7 +43,7 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
     into, outof = (0, 1) if transposed else (1, 0)
     shape = weight.shape
     ids, seen = t.consume(x, 1, _ELSEWHERE)
-    t.record([seen] if seen else [], [args[3:8]])
+    t.record([seen] if seen else [], [args[3:8], *([] if seen else [x.shape[1]])])
     inputs = ids  # of one group
     if groups > 1:
         inputs = ids.view(groups, -1)[0] if shape[1] > 1 else torch.zeros(1, dtype=torch.int64)
@@ -134,7 +134,7 @@ def _matmul(
         t.swallow(seen if seen.clean else partner[0])
     rows = [m for m in t.labels(a) if a.ndim - 1 not in m.axes]
     batch = [m for m in t.labels(b) if not m.axes & {into, outof}] if b.ndim > 2 else []
-    t.record([*([seen] if seen else []), *rows, *batch])
+    t.record([*([seen] if seen else []), *rows, *batch], [] if seen else [a.shape[-1]])
     t.meet(b, into, ids)
     t.expose([*rows, *batch])
     t.exposed |= frozenset().union(*(m.sources for m in t.labels(b) if into in m.axes))

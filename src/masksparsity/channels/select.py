@@ -44,6 +44,7 @@ class _Ranking:
         ignore: tuple[str, ...] = (),
         max_pruned: float | Mapping[str, float] = 1.0,
     ):
+        ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
         if min_keep < 0 or round_to < 1:
             raise MaskSparsityError("min_keep is at least 0, round_to at least 1")
         shares = dict(max_pruned) if isinstance(max_pruned, Mapping) else {"": max_pruned}
@@ -90,7 +91,10 @@ class _Ranking:
             )
         mask = KeepMask(self.graph, kept).repaired(self.scores)
         while not mask.kept.all() and (unheard := self.graph.branches.unheard(mask.kept)).any():
-            useless = {self.graph.groups[k].name for k in unheard.nonzero().flatten().tolist()}
+            names = [self.graph.groups[k].name for k in unheard.nonzero().flatten().tolist()]
+            useless = {name for name in names if self.least.get(name, 1) == 0}
+            if not useless:
+                break
             mask = KeepMask(self.graph, {n: v & (n not in useless) for n, v in mask.items()})
         return mask
 

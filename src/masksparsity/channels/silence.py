@@ -6,7 +6,7 @@ is expected behind them. What lies between two silent layers sees one channel of
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,9 +78,9 @@ class Branches:
 
 def silence(layer: Any) -> None:
     """Let `layer` say its bias only, if it has lost all channels on one side."""
-    if layer.weight is not None and 0 in layer.weight.shape:
-        kind = next(t for t in type(layer).__mro__ if t in _SILENT)
-        layer.forward = MethodType(_SILENT[kind], layer)
+    own = type(layer) not in _SILENT or "forward" in vars(layer)  # says something else
+    if layer.weight is not None and 0 in layer.weight.shape and not own:
+        layer.forward = partial(_SILENT[type(layer)], layer)
 
 
 def silent_modules(model: nn.Module) -> set[str]:
@@ -88,7 +88,7 @@ def silent_modules(model: nn.Module) -> set[str]:
     return {
         name
         for name, module in model.named_modules()
-        if getattr(vars(module).get("forward"), "__func__", None) in _SILENT.values()
+        if getattr(vars(module).get("forward"), "func", None) in _SILENT.values()
     }
 
 

@@ -62,7 +62,7 @@ def _reduction(sums: bool, clean: bool = True) -> Rule:
         keepdim = kwargs.get("keepdim", rest[1] if len(rest) > 1 else False)
         reduced = {d % x.ndim for d in dims}
         found = t.labels(x)
-        t.record(found)
+        t.record(found, [] if found else [x.shape[d] for d in sorted(reduced)])
         t.expose(found)
         result = []
         for m in found:
@@ -100,7 +100,7 @@ RULES.update(
 def softmax(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     x, axis = args[0], args[1] % args[0].ndim
     found = t.labels(x)
-    t.record(found)
+    t.record(found, [] if found else [x.shape[axis]])
     t.expose(found)
     result = []
     for m in found:
@@ -182,7 +182,7 @@ def order(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -
     x, place = args[0], 2 if op == "topk" else 1
     dim = (args[place] if len(args) > place else kwargs.get("dim", -1)) % x.ndim
     found = t.labels(x)
-    t.record(found, numbers(args))
+    t.record(found, [*numbers(args), *([] if found else [x.shape[dim]])])
     t.expose(found)
     t.pin([m for m in found if dim in m.axes], "in order over channels")
     passing = [m._replace(sources=frozenset()) for m in found if dim not in m.axes]

@@ -371,8 +371,10 @@ class Tracer(TorchDispatchMode):
     def unknown(self, args: Any, kwargs: Any, out: Any) -> None:
         """Protect all that flows in; what comes out has no channels that we know."""
         found = [m for t in tensors_in((args, kwargs)) for m in self.labels(t)]
-        if found or numbers(args):
-            self.record(found, numbers(args))
+        # What it computes may follow from the width of a tensor of ones.
+        sizes = [n for t in tensors_in((args, kwargs)) if not self.labels(t) for n in t.shape]
+        if found or sizes or numbers(args):
+            self.record(found, [*numbers(args), *sizes])
         self.expose(found)
         self.pin(found, "unknown operation")
         for tensor in tensors_in(out):
