@@ -300,7 +300,8 @@ class ScheduledDecay(Penalty):
         # Where nothing is masked the cap is infinite.
         self.free = [torch.zeros_like(m).masked_fill_(m == 0, torch.inf)
                      for m in (v.masked for v in self.vectors)]  # fmt: skip
-        turns = _turns(model, graph, keep)
+        # A channel begins at its turn * (1 - span) of the steps, and takes span of them.
+        turns = 1 + _turns(model, graph, keep) * ((1 - span) / span)
         self.turn = [
             torch.cat([self._spread(turns, graph, name).reshape(-1) for name in v.names])
             for v in self.vectors
@@ -311,7 +312,7 @@ class ScheduledDecay(Penalty):
     def _spread(self, turns: Tensor, graph: ChannelGraph, name: str) -> Tensor:
         """The turn of every element of a parameter: of the first to go of the channels it is in."""
         tensor = self.tensors[name]
-        turn = torch.ones_like(tensor)
+        turn = torch.full_like(tensor, torch.inf)
         for axis in range(tensor.ndim):
             if (name, axis) in graph.exposed:
                 shape = [-1 if a == axis else 1 for a in range(tensor.ndim)]
@@ -322,23 +323,23 @@ class ScheduledDecay(Penalty):
     def apply(self) -> None:
         skipped = self._skipped()
         self.step += 1 if skipped is None else (1 - skipped).reshape(())
-        shares = [self._share(turn) for turn in self.turn]
-        for v, start, free, share in zip(self.vectors, self.start, self.free, shares, strict=True):
-            cap = start * share + free
-            torch.clamp(v.gather(), -cap, cap, out=v.out)
+        # Rounding must not leave anything of the last ones.
+        now = self.step / (self.steps * self.span)
+        now = torch.where(self.step < self.steps, now, torch.inf)
+        caps = []
+        for v, start, free, turn in zip(
+            self.vectors, self.start, self.free, self.turn, strict=True
+        ):
+            share = (turn - now).clamp_(0, 1)
+            caps.append(torch.addcmul(free, start, share))
+            torch.clamp(v.gather(), -caps[-1], caps[-1], out=v.out)
             torch._foreach_copy_(v.tensors, v.parts)
         if self._optimizer is not None:
-            self._clear_momentum(self._optimizer, shares)
+            self._clear_momentum(self._optimizer, caps)
 
-    def _share(self, turn: Tensor) -> Tensor:
-        """What channels may still have of their start."""
-        begun = self.step / self.steps - turn * (1 - self.span)
-        # Rounding must not leave anything of the last ones.
-        return (1 - begun / self.span).clamp_(0, 1) * (self.step < self.steps)
-
-    def _clear_momentum(self, optimizer: Optimizer, shares: list[Tensor]) -> None:
-        for v, share in zip(self.vectors, shares, strict=True):  # 1 where momentum stays
-            torch.sub(1, v.masked * (share == 0), out=v.out)
+    def _clear_momentum(self, optimizer: Optimizer, caps: list[Tensor]) -> None:
+        for v, cap in zip(self.vectors, caps, strict=True):
+            torch.sign(cap, out=v.out)  # 1 where momentum stays, 0 where nothing may
         # The lists last until the optimizer loads another state.
         if self._moments is None or self._moments[0] is not optimizer.state:
             found = [
