@@ -86,6 +86,7 @@ def batch_size(args: tuple, kwargs: dict) -> int:
 
 
 def at_least_two(x: Any) -> Any:
+    """A batch of one, doubled: in train mode a norm needs two values."""
     return torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim and len(x) == 1 else x
 
 

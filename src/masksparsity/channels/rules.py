@@ -39,6 +39,7 @@ def rule(*operations: str) -> Callable[[Rule], Rule]:
 
 @rule("convolution")
 def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """Plain, grouped, depthwise and transposed, of any number of dimensions."""
     x, weight, bias, *_, transposed, _, groups = args
     into, outof = (0, 1) if transposed else (1, 0)
     shape = weight.shape
@@ -91,6 +92,7 @@ def _tie_groups(t: Tracer, ids: Tensor, groups: int) -> None:
 
 @rule("torchvision::deform_conv2d")
 def deformable(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """A convolution that reads where its offsets point."""
     x, weight, offset, mask, bias, *steps, groups, offset_groups, _ = args
     if offset_groups > 1:  # each moves channels of its own
         t.unknown(args, kwargs, out)
