@@ -4,14 +4,18 @@
     python benchmarks/paper_table.py cifar10-resnet56 --seeds 3 --data.root /path/to/cifar10
 
 With B, S, M, F epochs of the recipe's baseline, sparsify, mask-sparsify and finetune stages, every
-arm trains B+S+M+F epochs in all, the mask's source (S) counted to MaskSparsity and to ours:
+arm trains T = S+M+F epochs after the baseline, what its mask takes included. The controls share
+them out as their authors do, s : m : f = 100 : 100 : 40; rates are those of the recipe's stages.
 
-    dense      the baseline, trained on for S+M+F
-    slimming   L1 on all scales for S+M, removal, finetuning for F
-    uniform    uniform fraction by filter L1 norm, removal, finetuning for S+M+F
-    scratch    our slim architecture from random weights for B+S+M+F
-    published  MaskSparsity: subgradient on the masked scales for M, removal, finetuning for F
-    ours       the recipe as it stands: scheduled decay for M, removal, finetuning for F
+    dense      the baseline, trained on for T
+    slimming   L1 on all scales for s+m, the budget's mask, removal, finetuning for f
+    uniform    uniform fraction by filter L1 norm, removal, finetuning for T
+    scratch    our slim architecture from random weights for B+T
+    published  MaskSparsity: L1 on all scales for s shows the mask; again from the baseline,
+               subgradient on the masked scales for m, removal, finetuning for f
+    ours       the recipe as it stands: mask (S), scheduled decay for M, removal, finetuning for F
+    l1-mask    ours with the mask of published, whose s epochs the finetuning gives up (ablation)
+    uniform-mask  ours with the mask of uniform (ablation)
     at-once    ours with all masked channels decaying at once instead of in turn (ablation)
 
 Last epoch everywhere. Goes on from what is complete under --runs; flags after the recipe go to its
@@ -37,6 +41,7 @@ from masksparsity.pipeline.origin import origin
 from masksparsity.pipeline.runner import execute
 from masksparsity.pipeline.workspace import Workspace
 from masksparsity.recipes import recipe
+from masksparsity.train.config import Phase
 
 Row = dict[str, Any]
 ACCURACIES = ("before_removal_accuracy", "after_removal_accuracy", "finetuned_accuracy")
@@ -56,41 +61,56 @@ class Arms:
             execute(self.base, stage)
         self.dense = out / "base/train/model.safetensors"
         self.mask = out / "base/mask/mask.json"
-        self.epochs = {
-            "B": config.baseline.epochs,
-            "S": config.sparsify.epochs,
-            "M": config.mask_sparsify.epochs,
-            "F": config.finetune.epochs,
-        }
-        # Training on for long needs a rate that can still move the weights.
-        self.long = replace(config.finetune, epochs=self._sum("SMF"), lr=config.sparsify.lr)
+        own = (config.sparsify, config.mask_sparsify, config.finetune)
+        self.epochs = {"B": config.baseline.epochs}
+        self.epochs |= dict(zip("SMF", (phase.epochs for phase in own), strict=True))
+        self.epochs["T"] = total = self._sum("SMF")
+        short = round(total * 40 / 240)
+        self.epochs |= {"s": (total - short) // 2, "m": -(-(total - short) // 2), "f": short}
+        self.epochs["l"] = self._sum("SF") - self._sum("s")
+        self.long = self._finetune("T")
 
     def dense_on(self) -> Row:
         work = self._work("dense", {"weights": self.dense}, finetune=self.long)
-        return self._row(work, {"finetuned": execute(work, "finetune")}, "B + SMF")
+        return self._row(work, {"finetuned": execute(work, "finetune")}, "B + T")
 
     def slimming(self) -> Row:
-        weights = self.sparsified("slimming", epochs=self._sum("SM"))
-        mask = self.chosen("slimming", weights)
-        return self.removed("slimming", weights, mask, "B + SM + F")
+        weights = self.sparsified("slimming", epochs=self._sum("sm"))
+        mask = self.chosen("slimming", weights, scores="scale")
+        return self.removed("slimming", weights, mask, "B + sm + f", finetune=self._finetune("f"))
 
     def uniform(self) -> Row:
         mask = self.uniform_mask("uniform", self.mask)
-        return self.removed("uniform", self.dense, mask, "B + SMF", finetune=self.long)
+        return self.removed("uniform", self.dense, mask, "B + T", finetune=self.long)
 
     def scratch(self) -> Row:
-        phase = replace(self.config.scratch, epochs=self._sum("BSMF"))
+        phase = replace(self.config.scratch, epochs=self._sum("BT"))
         work = self._work("scratch", {"mask": self.mask}, scratch=phase)
-        return self._row(work, {"finetuned": execute(work, "scratch")}, "BSMF", self.mask)
+        return self._row(work, {"finetuned": execute(work, "scratch")}, "BT", self.mask)
 
     def published(self) -> Row:
-        return self.masked("published", self.mask, penalty="masked-l1")
+        return self.masked(
+            "published", self.l1_mask(), "B + s (mask) + m + f",
+            finetune=self._finetune("f"), penalty="masked-l1", epochs=self._sum("m"),
+        )  # fmt: skip
 
     def ours(self) -> Row:
         return self.masked("ours", self.mask)
 
+    def ours_l1_mask(self) -> Row:
+        left = self._finetune("l")
+        return self.masked("l1-mask", self.l1_mask(), "B + s (mask) + M + l", finetune=left)
+
+    def ours_uniform_mask(self) -> Row:
+        return self.masked("uniform-mask", self.uniform_mask("uniform", self.mask))
+
     def at_once(self) -> Row:
         return self.masked("at-once", self.mask, penalty="decay", decay_span=1.0)
+
+    def l1_mask(self) -> Path:
+        """The mask of the paper's own pipeline."""
+        weights = self.sparsified("published", epochs=self._sum("s"))
+        return self.chosen("published", weights, scores="scale")
 
     def sparsified(self, name: str, **settings: Any) -> Path:
         """Weights after a penalty on all scales, trained from the baseline."""
@@ -121,20 +141,27 @@ class Arms:
         return path
 
     def masked(
-        self, name: str, mask: Path, epochs: str = "B + S (mask) + M + F", **settings: Any
+        self,
+        name: str,
+        mask: Path,
+        epochs: str = "B + S (mask) + M + F",
+        finetune: Phase | None = None,
+        **settings: Any,
     ) -> Row:
         """MaskSparsity with a mask: from the baseline to the finetuned slim network."""
         phase = replace(self.config.mask_sparsify, **settings)
         given = {"weights": self.dense, "mask": mask}
         execute(self._work(name, given, mask_sparsify=phase), "mask-sparsify")
         weights = self.out / name / "mask-sparsify/model.safetensors"
-        return self.removed(name, weights, mask, epochs)
+        return self.removed(name, weights, mask, epochs, finetune)
 
-    def removed(self, name: str, weights: Path, mask: Path, epochs: str, **sections: Any) -> Row:
+    def removed(
+        self, name: str, weights: Path, mask: Path, epochs: str, finetune: Phase | None = None
+    ) -> Row:
         """Removal and finetuning."""
         given = {"weights": weights, "mask": mask}
         pruned = execute(self._work(name, given), "prune")
-        work = self._work(name, {}, **sections)
+        work = self._work(name, {}, finetune=finetune or self.config.finetune)
         found = {
             "before_removal": pruned["before_removal"],
             "after_removal": pruned["after_removal"],
@@ -170,15 +197,16 @@ class Arms:
         work.data = self.base.data  # decoded once
         return work
 
+    def _finetune(self, letter: str) -> Phase:
+        return replace(self.config.finetune, epochs=self.epochs[letter])
+
     def _sum(self, letters: str) -> int:
         return sum(self.epochs[letter] for letter in letters)
 
     def _spell(self, epochs: str) -> str:
-        parts = epochs.split(" + ")
-        return " + ".join(
-            f"{self._sum(p.removesuffix(' (mask)'))}{' (mask)' * p.endswith('(mask)')}"
-            for p in parts
-        )
+        parts = [part.partition(" ") for part in epochs.split(" + ")]
+        spelt = [(self._sum(letters), note) for letters, _, note in parts]
+        return " + ".join(f"{n} {note}".strip() for n, note in spelt if n)
 
 
 ARMS: dict[str, Callable[[Arms], Row]] = {
@@ -188,6 +216,8 @@ ARMS: dict[str, Callable[[Arms], Row]] = {
     "scratch": Arms.scratch,
     "published": Arms.published,
     "ours": Arms.ours,
+    "l1-mask": Arms.ours_l1_mask,
+    "uniform-mask": Arms.ours_uniform_mask,
     "at-once": Arms.at_once,
 }
 

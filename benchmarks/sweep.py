@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--name", help="of the results' files; the recipe's if not given")
     args, flags = parser.parse_known_args()
     config = tyro.cli(Config, default=recipe(args.recipe), args=flags)
-    config = replace(config, mask=replace(config.mask, select="budget"))
+    config = replace(config, mask=replace(config.mask, select="budget", scores="scale"))
     sweep: Sweep = {"budgets": {}, "factors": {}, "sources": {}}
     target = args.results / f"{args.name or args.recipe}-sweep"
     command = " ".join(["python benchmarks/sweep.py", *sys.argv[1:]])

@@ -53,6 +53,24 @@ def test_budget_is_met_within_a_channel(bound, share, seed, levels, round_to):
     assert 1 - slim / dense <= share + widest + 1e-9
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_budget_per_cost_keeps_more_of_the_sum(bound, share, seed):
+    """Scores that add up, equal in all groups: those of groups that cost more go first."""
+    _, graph = bound
+    scores = random_scores(graph, seed, 1000)
+    plain = ms.select.budget(graph, scores, pruned_macs=share)
+    keep = ms.select.budget(graph, scores, pruned_macs=share, per_cost=True)
+    assert 1 - graph.cost(keep).macs / graph.cost().macs >= share
+    left = [
+        sum(float(scores[n][v].sum()) for n, v in m.items() if n in scores) for m in (keep, plain)
+    ]
+    assert left[0] > left[1]
+    for name, kept in keep.items():  # within a group the best stay
+        if name in scores and not kept.all():
+            assert scores[name][kept].min() >= scores[name][~kept].max()
+
+
 def _without_one_step(graph, round_to: int) -> ms.KeepMask:
     masks = [ms.KeepMask(graph, {g.name: torch.arange(g.size) >= round_to}) for g in graph.prunable]
     return min(masks, key=lambda mask: graph.cost(mask).macs)
@@ -141,6 +159,8 @@ def test_mistakes_are_named(bound):
         ms.select.budget(graph, scores, pruned_macs=1.5)
     with pytest.raises(ms.MaskSparsityError, match="one budget"):
         ms.select.budget(graph, scores)
+    with pytest.raises(ms.MaskSparsityError, match="per_cost"):
+        ms.select.budget(graph, scores, pruned_latency=0.1, latency=lambda mask: 1.0, per_cost=True)
     with pytest.raises(ms.MaskSparsityError, match="finite"):
         ms.select.fraction(graph, {**scores, "conv1": torch.full((16,), torch.nan)}, 0.5)
 

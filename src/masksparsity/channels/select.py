@@ -162,6 +162,7 @@ def budget(
     pruned_params: float | None = None,
     pruned_latency: float | None = None,
     latency: Callable[[KeepMask], float] | None = None,
+    per_cost: bool = False,
     **limits: Unpack[Limits],
 ) -> KeepMask:
     """The lowest scores of the whole network go until this share of the cost does.
@@ -169,6 +170,10 @@ def budget(
     One of `pruned_macs`, `pruned_params` and `pruned_latency` is the budget, a share of the dense
     network's; the last goes with `latency`, a function that measures what a mask leaves, such as
     `masksparsity.latency(model, graph)`.
+
+    With `per_cost` the lowest scores per MAC (or parameter) go, those that a unit saves in the
+    dense network: what keeps the largest sum of scores under the budget, for scores that add up,
+    like `scores.taylor`. Order of the units of one group: as it was.
 
     The nested masks along the global order of scores are searched by bisection for the first that
     meets the budget, so the cost is within one channel (or one step of `round_to`) of it.
@@ -193,7 +198,12 @@ def budget(
     _share(f"pruned_{what}", share)
     ranking = _Ranking(graph, scores, **limits)
     dense = measure(KeepMask(graph))
-    masks, units = _nested(ranking)
+    prices = None
+    if per_cost:
+        if what == "latency":
+            raise MaskSparsityError("per_cost: of MACs or parameters; latency moves in jumps")
+        prices = {g.name: max(1, dense - measure(_without_one(graph, g))) for g in ranking.groups}
+    masks, units = _nested(ranking, prices)
 
     def removed(mask: KeepMask) -> float:
         return 1 - measure(mask) / max(dense, 1e-12)
@@ -206,17 +216,27 @@ def budget(
         f"pruned_{what}={share}: at most {most:.4f} can go under {limits or 'no limits'} and "
         "what is protected; ask for less",
     )
-    return _from(kept, "budget", **{f"pruned_{what}": share, **limits})
+    chosen = {f"pruned_{what}": share, **limits}
+    return _from(kept, "budget", **chosen, **({"per_cost": True} if per_cost else {}))
 
 
-def _nested(ranking: _Ranking) -> tuple[Callable[[int], KeepMask], int]:
-    """k -> the mask without the k units of lowest score; and how many units there are."""
+def _without_one(graph: ChannelGraph, group: ChannelGroup) -> KeepMask:
+    return KeepMask(graph, {group.name: torch.arange(group.size) > 0})
+
+
+def _nested(
+    ranking: _Ranking, prices: Mapping[str, float] | None = None
+) -> tuple[Callable[[int], KeepMask], int]:
+    """k -> the mask without the k units of lowest score, divided by their group's price if there
+    are some; and how many units there are."""
     names = list(ranking.scores)
     if not names:
         return lambda k: ranking.keep({}), 0
     group_of = torch.cat([torch.full_like(s, k) for k, s in enumerate(ranking.scores.values())])
     # Of equal scores the last of a group go first, as in `keep`.
-    values = torch.cat([s.flip(0) for s in ranking.scores.values()])
+    values = torch.cat(
+        [s.flip(0) / (prices[name] if prices else 1) for name, s in ranking.scores.items()]
+    )
     lowest_first = group_of[torch.argsort(values, stable=True)].long()
 
     def masks(k: int) -> KeepMask:

@@ -53,6 +53,7 @@ def choose_mask(
                 pruned_params=config.pruned_params,
                 pruned_latency=config.pruned_latency,
                 latency=ms.latency(model, graph),
+                per_cost=config.per_cost,
                 **limits,
             )
         case "threshold":

@@ -55,6 +55,9 @@ class MaskConfig:
     """budget: share of the parameters to remove."""
     pruned_latency: float | None = None
     """budget: share of the latency to remove, as measured on this machine, one image at a time."""
+    per_cost: bool = False
+    """budget: the lowest scores per MAC (or parameter) saved go; for scores that add up, as
+    Taylor's do."""
     threshold: float = 0.01
     """threshold: scores below it are pruned."""
     energy: float = 1e-4
