@@ -102,7 +102,8 @@ class Arms:
         return self.masked("l1-mask", self.l1_mask(), "B + s (mask) + M + l", finetune=left)
 
     def ours_uniform_mask(self) -> Row:
-        return self.masked("uniform-mask", self.uniform_mask("uniform", self.mask))
+        mask = self.uniform_mask("uniform", self.mask)
+        return self.masked("uniform-mask", mask, "B + M + SF", finetune=self._finetune("SF"))
 
     def at_once(self) -> Row:
         return self.masked("at-once", self.mask, penalty="decay", decay_span=1.0)
@@ -144,7 +145,7 @@ class Arms:
         self,
         name: str,
         mask: Path,
-        epochs: str = "B + S (mask) + M + F",
+        spent: str = "B + S (mask) + M + F",
         finetune: Phase | None = None,
         **settings: Any,
     ) -> Row:
@@ -153,10 +154,10 @@ class Arms:
         given = {"weights": self.dense, "mask": mask}
         execute(self._work(name, given, mask_sparsify=phase), "mask-sparsify")
         weights = self.out / name / "mask-sparsify/model.safetensors"
-        return self.removed(name, weights, mask, epochs, finetune)
+        return self.removed(name, weights, mask, spent, finetune)
 
     def removed(
-        self, name: str, weights: Path, mask: Path, epochs: str, finetune: Phase | None = None
+        self, name: str, weights: Path, mask: Path, spent: str, finetune: Phase | None = None
     ) -> Row:
         """Removal and finetuning."""
         given = {"weights": weights, "mask": mask}
@@ -167,13 +168,13 @@ class Arms:
             "after_removal": pruned["after_removal"],
         }
         found["finetuned"] = execute(work, "finetune")
-        return self._row(work, found, epochs, mask, weights, pruned)
+        return self._row(work, found, spent, mask, weights, pruned)
 
     def _row(
         self,
         work: Workspace,
         found: dict[str, Row],
-        epochs: str,
+        spent: str,
         mask: Path | None = None,
         weights: Path | None = None,
         pruned: Row | None = None,
@@ -182,7 +183,7 @@ class Arms:
         keep = ms.KeepMask.load(mask, graph) if mask else ms.KeepMask(graph)
         dense, slim = graph.cost(), graph.cost(keep)
         row: Row = {f"{k}_accuracy": v["accuracy"] for k, v in found.items()}
-        row |= {"macs_removed": 1 - slim.macs / dense.macs, "epochs": self._spell(epochs)}
+        row |= {"macs_removed": 1 - slim.macs / dense.macs, "epochs": self._spell(spent)}
         row |= {"params_removed": 1 - slim.params / dense.params}
         row["test_images"] = found["finetuned"]["total"]
         if pruned and weights:
@@ -197,14 +198,14 @@ class Arms:
         work.data = self.base.data  # decoded once
         return work
 
-    def _finetune(self, letter: str) -> Phase:
-        return replace(self.config.finetune, epochs=self.epochs[letter])
+    def _finetune(self, letters: str) -> Phase:
+        return replace(self.config.finetune, epochs=self._sum(letters))
 
     def _sum(self, letters: str) -> int:
         return sum(self.epochs[letter] for letter in letters)
 
-    def _spell(self, epochs: str) -> str:
-        parts = [part.partition(" ") for part in epochs.split(" + ")]
+    def _spell(self, spent: str) -> str:
+        parts = [part.partition(" ") for part in spent.split(" + ")]
         spelt = [(self._sum(letters), note) for letters, _, note in parts]
         return " + ".join(f"{n} {note}".strip() for n, note in spelt if n)
 
