@@ -11,7 +11,8 @@ The others are ours at the recipe's own budget, with masks from elsewhere:
 
     factors    sparsity factor of the global L1, times 0.2, 1 and 5
     sources    global L1; polarization in its place; or, without S epochs, the baseline: uniform
-               fraction by filter L1 norm; budget by filter L1 norm (norm) or Taylor (taylor)
+               fraction by filter L1 norm; budget by filter L1 norm (norm), by Taylor (taylor),
+               or by Taylor over the MACs that a channel costs (taylor per MAC)
 
 Ours that is compared with is the recipe as it stands, at the same budget. Trainings that points
 share are done once. Goes on from what is complete under --runs; flags after the recipe go to its
@@ -35,6 +36,11 @@ from masksparsity.pipeline.origin import origin
 from masksparsity.recipes import recipe
 
 FACTORS = (0.2, 1.0, 5.0)
+SCORES: dict[str, dict[str, Any]] = {
+    "norm": {"scores": "norm"},
+    "taylor": {"scores": "taylor"},
+    "taylor per MAC": {"scores": "taylor", "per_cost": True},
+}
 FROM_BASELINE = "B + M + F"
 
 # Part of the sweep -> point -> seed -> what was found.
@@ -67,8 +73,8 @@ class Points(Arms):
         yield "sources", "polarization", self._ours("polarization", weights)
         mask = self.uniform_mask("uniform", self.mask)
         yield "sources", "uniform", self.masked("uniform", mask, FROM_BASELINE)
-        for scores in ("norm", "taylor"):
-            yield "sources", scores, self._ours(scores, self.dense, FROM_BASELINE, scores=scores)
+        for name, settings in SCORES.items():
+            yield "sources", name, self._ours(name, self.dense, FROM_BASELINE, **settings)
 
     def _ours(
         self, name: str, weights: Path, epochs: str = "B + S (mask) + M + F", **settings: Any
