@@ -1,7 +1,7 @@
 """Accuracy against MACs, and how much ours depends on how its mask is made.
 
     python benchmarks/sweep.py digits-resnet20 --seeds 2 --mask.pruned-macs 0.9
-    python benchmarks/sweep.py cifar10-resnet56 --seeds 3 --data.root /path/to/cifar10
+    python benchmarks/sweep.py cifar10-resnet56 --sparsify.epochs 100 --data.root /path/to/cifar10
 
 Arms and epochs B, S, M, F are those of paper_table.py. Equal in all points are the epochs in
 
@@ -92,6 +92,8 @@ def main() -> None:
     parser.add_argument("--name", help="of the results' files; the recipe's if not given")
     args, flags = parser.parse_known_args()
     config = tyro.cli(Config, default=recipe(args.recipe), args=flags)
+    if not config.sparsify.epochs:
+        parser.error("masks of a global L1 are compared here: give --sparsify.epochs")
     config = replace(config, mask=replace(config.mask, select="budget", scores="scale"))
     sweep: Sweep = {"budgets": {}, "factors": {}, "sources": {}}
     target = args.results / f"{args.name or args.recipe}-sweep"

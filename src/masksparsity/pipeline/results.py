@@ -74,7 +74,8 @@ def _scales(work: Workspace, found: dict[str, Any]) -> dict[str, Any]:
     kept = torch.cat(list(norms.values()))
     scales = {}
     for key, stage in SCALES.items():
-        if stage in found:
+        untrained = stage == "sparsify" and work.config.sparsify.epochs == 0  # the baseline's
+        if stage in found and not untrained:
             weights = load_file(work.runs.folder(stage) / FILES["weights"])
             scales[key] = torch.cat([weights[f"{name}.weight"] for name in norms]).abs()
     top = max(float(s.max()) for s in scales.values()) if scales else 1.0
