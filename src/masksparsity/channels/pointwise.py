@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .trace import Labels, Rule, Tracer, numbers
+from .labels import Labels
+from .trace import Rule, Tracer, numbers
 
 
 def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:

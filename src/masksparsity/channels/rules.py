@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import movement, pointwise, recurrent, space
-from .trace import Labels, Norm, Product, Rule, Tracer
+from . import cuts, joining, movement, pointwise, recurrent, reshape, space
+from .labels import Labels, Norm, Product
+from .trace import Rule, Tracer
 
 RULES: dict[str, Rule] = {
     **movement.RULES,
+    **reshape.RULES,
+    **cuts.RULES,
+    **joining.RULES,
     **pointwise.RULES,
     **space.RULES,
     **recurrent.RULES,

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from . import constraints as limits
 from .cost import Layer
 from .groups import ChannelGraph, ChannelGroup
-from .trace import ANONYMOUS, Reason, Record, Slot, Tracer
+from .labels import ANONYMOUS, Reason, Record, Slot
+from .trace import Tracer
 
 
 def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:

@@ -2,26 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-
-class Follower(Protocol):
-    """The tracer, as far as it is told what happens."""
-
-    operation: str
-    stack: list[str]
-    failed: str | None
-    paths: dict[int, str]
-
-    @property
-    def module(self) -> str: ...
-    def labels(self, tensor: Tensor) -> Any: ...
-    def expose(self, labels: Any) -> None: ...
-    def pin(self, labels: Any, why: str) -> None: ...
-    def blame(self, error: Exception, args: Any) -> None: ...
+from .trace import Tracer
 
 
 class Escapes(TorchFunctionMode):
@@ -32,7 +18,7 @@ class Escapes(TorchFunctionMode):
         for name in ("numpy", "__array__", "tolist", "data_ptr", "__dlpack__", "untyped_storage")
     )
 
-    def __init__(self, tracer: Follower):
+    def __init__(self, tracer: Tracer):
         super().__init__()
         self.tracer = tracer
 
@@ -56,7 +42,7 @@ class Escapes(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def module_stack(tracer: Follower) -> Iterator[None]:
+def module_stack(tracer: Tracer) -> Iterator[None]:
     def enter(module: nn.Module, args: Any) -> None:
         tracer.stack.append(tracer.paths.get(id(module), tracer.module))
         tracer.failed = None
