@@ -7,9 +7,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from .network import at_least_two, eager, evaluating, tensors_in, unchanged
+from .network import (
+    at_least_two,
+    eager,
+    evaluating,
+    fused_attention_off,
+    tensors_in,
+    unchanged,
+)
 from .trace import Rule, Tracer
-from .watch import Escapes, module_stack
+from .watch import Calls, escapes, module_stack
 
 
 class Operations(TorchDispatchMode):
@@ -58,7 +65,8 @@ def run(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, training: b
         eager(),
         torch.no_grad(),
         module_stack(tracer),
-        Escapes(tracer),
+        Calls(tracer) if tracer.given else escapes(tracer),
+        fused_attention_off(),
         Operations(tracer),
     ):
         out = model(*args, **kwargs)
