@@ -25,7 +25,7 @@ class Operations(TorchDispatchMode):
     def __init__(self, tracer: Tracer):
         super().__init__()
         self.tracer = tracer
-        self._known: dict[Any, tuple[Rule | None, str, bool]] = {}
+        self._known: dict[int, tuple[Rule | None, str, bool]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -33,19 +33,20 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tracer, kwargs = self.tracer, kwargs or {}
+        known = self._known.get(id(func))  # its own hash takes time
+        if known is None:
+            known = self._known[id(func)] = self._look_up(func)
+        rule, operation, inplace = known
         try:
             out = func(*args, **kwargs)
         except Exception as error:
             tracer.blame(error, (args, kwargs))
             raise
-        known = self._known.get(func)
-        if known is None:
-            known = self._known[func] = self._look_up(func)
-        rule, tracer.operation, inplace = known
+        tracer.operation = operation
         if rule is None:
             tracer.unknown(args, kwargs, out)
         else:
-            rule(tracer, tracer.operation, args, kwargs, out, inplace)
+            rule(tracer, operation, args, kwargs, out, inplace)
         return out
 
     def _look_up(self, func: Any) -> tuple[Rule | None, str, bool]:
@@ -60,8 +61,8 @@ class Operations(TorchDispatchMode):
 def run(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, training: bool = False) -> Any:
     """One forward in eval mode without gradients; model, RNG and mode stay as they were."""
     with (
-        unchanged(model),
-        evaluating(model, training),
+        unchanged(tracer.modules.values()),
+        evaluating(tracer.modules.values(), training),
         eager(),
         torch.no_grad(),
         module_stack(tracer),
