@@ -13,10 +13,11 @@ from .channels import scores, select
 from .channels.analysis import trace
 from .channels.calibrate import recalibrate
 from .channels.cost import Cost
+from .channels.decay import ScheduledDecay
 from .channels.errors import MaskSparsityError
 from .channels.groups import ChannelGraph, ChannelGroup
 from .channels.mask import KeepMask
-from .channels.penalty import MaskedL1, Proximal, ScheduledDecay
+from .channels.penalty import MaskedL1, Proximal
 from .channels.surgery import apply_mask, prune
 from .exporting import export
 from .files.archive import load, save

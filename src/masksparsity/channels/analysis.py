@@ -8,12 +8,14 @@ from torch import nn
 
 from . import rules as table
 from .errors import MaskSparsityError
+from .forward import run, run_training
 from .groups import ChannelGraph
+from .labels import Slot
 from .network import arguments, batch_size, of_users, unwrap
 from .probe import protect_what_is_refused
 from .recurrent import protect_units
 from .solve import solve
-from .trace import Rule, Slot, Tracer
+from .trace import Rule, Tracer
 
 
 def trace(
@@ -45,14 +47,14 @@ def trace(
     model = unwrap(model)
     tracer = Tracer(model, {**table.RULES, **(rules or {})})
     try:
-        tracer.run(model, args, kwargs)
+        run(tracer, model, args, kwargs)
     except RuntimeError as error:
         raise MaskSparsityError(
             f"the model does not run on example_inputs: {error} (in {tracer.failed or 'the model'})"
         ) from error
     theirs = of_users(tracer.modules.values())
     if theirs or tracer.untouched():
-        tracer.run_training(model, args, kwargs)
+        run_training(tracer, model, args, kwargs)
     protect_units(tracer)
     for name in protect:
         tracer.operation = "protect="

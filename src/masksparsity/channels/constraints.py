@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MaskSparsityError
-from .trace import Cut, Reason, Tracer
+from .labels import Cut, Reason
+from .trace import Tracer
 
 _MANY = 4096  # pieces: so many are no pieces of channels
 

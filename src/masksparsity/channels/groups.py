@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from . import constraints as limits
 from .cost import Cost, Counter, Layer
 from .errors import MaskSparsityError
+from .labels import Cut, Norm, Reason, Record, Slot
 from .network import named_tensors, unwrap
 from .silence import Branches
-from .trace import Cut, Norm, Reason, Record, Rule, Slot
+from .trace import Rule
 
 
 class Kept(Protocol):

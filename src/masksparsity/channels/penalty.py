@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import scores
 from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .mask import KeepMask
@@ -31,6 +30,7 @@ class _Vector:
         self.names = list(tensors)
         self.tensors = list(tensors.values())
         self.sizes = [t.numel() for t in self.tensors]
+        self.wide = [k for k, t in enumerate(self.tensors) if t.ndim != 1]
         self.masked = torch.cat([masked[n].expand_as(t).reshape(-1) for n, t in tensors.items()])
         """1 where driven to zero, 0 elsewhere."""
         self.values = torch.empty_like(self.masked)
@@ -40,10 +40,12 @@ class _Vector:
         self.runs: list[tuple[int, int]] = []
         """(elements, group of the optimizer) of neighbours in one group."""
 
-    @torch.no_grad()
     def gather(self) -> Tensor:
-        """What the parameters hold now, in memory that lasts: large allocations are slow."""
-        flat = [t if t.ndim == 1 else t.reshape(-1) for t in self.tensors]
+        """What the parameters hold now, in memory that lasts: large allocations are slow. To be
+        called without gradients."""
+        flat = [*self.tensors]
+        for k in self.wide:
+            flat[k] = flat[k].reshape(-1)
         return torch.cat(flat, out=self.values)
 
     def split(self, vector: Tensor) -> list[Tensor]:
@@ -269,104 +271,3 @@ class Proximal(Penalty):
 
     def state_dict(self) -> dict[str, Tensor]:
         return self._named("pull", self.pull)
-
-
-class ScheduledDecay(Penalty):
-    """Every producer of a masked channel to exactly zero within `steps` optimizer steps.
-
-    Scales, shifts and the filters of producers without a norm are capped, after each step, at a
-    share of the magnitude they had when this object was made. Removal is exact from then on, with
-    nothing to absorb. Momentum of what is zero is cleared.
-
-    Args:
-        span: share of the steps that one channel takes from its start to zero, linearly. The
-            channels of a group go in turn, those of the smallest scale first. With 1 all go at
-            once; then what the convolution and norm behind them do not see, a common factor, takes
-            the kept scales of a heavily pruned layer down, too.
-    """
-
-    def __init__(
-        self, model: nn.Module, graph: ChannelGraph, keep: KeepMask, steps: int, span: float = 0.25
-    ):
-        if steps < 1:
-            raise MaskSparsityError(f"steps={steps}: at least 1")
-        if not 0 < span <= 1:
-            raise MaskSparsityError(f"span={span}: a share of the steps, above 0 and up to 1")
-        graph.check(model)
-        slots = {slot: ~keep.slot(*slot) for slot in graph.exposed if slot[0] in graph.parameters}
-        super().__init__(model, dict(sorted(slots.items())))
-        self.steps, self.span = steps, span
-        self.start = [v.gather().abs() * v.masked for v in self.vectors]
-        # Where nothing is masked the cap is infinite.
-        self.free = [torch.zeros_like(m).masked_fill_(m == 0, torch.inf)
-                     for m in (v.masked for v in self.vectors)]  # fmt: skip
-        # A channel begins at its turn * (1 - span) of the steps, and takes span of them.
-        turns = 1 + _turns(model, graph, keep) * ((1 - span) / span)
-        self.turn = [
-            torch.cat([self._spread(turns, graph, name).reshape(-1) for name in v.names])
-            for v in self.vectors
-        ]
-        self.step = torch.zeros((), device=self.vectors[0].masked.device if self.vectors else None)
-        self._moments: tuple[Any, list[Tensor], list[Tensor]] | None = None
-
-    def _spread(self, turns: Tensor, graph: ChannelGraph, name: str) -> Tensor:
-        """The turn of every element of a parameter: of the first to go of the channels it is in."""
-        tensor = self.tensors[name]
-        turn = torch.full_like(tensor, torch.inf)
-        for axis in range(tensor.ndim):
-            if (name, axis) in graph.exposed:
-                shape = [-1 if a == axis else 1 for a in range(tensor.ndim)]
-                turn = torch.minimum(turn, turns[graph.slots[name, axis]].to(turn).view(shape))
-        return turn
-
-    @torch.no_grad()
-    def apply(self) -> None:
-        skipped = self._skipped()
-        self.step += 1 if skipped is None else (1 - skipped).reshape(())
-        # Rounding must not leave anything of the last ones.
-        now = self.step / (self.steps * self.span)
-        now = torch.where(self.step < self.steps, now, torch.inf)
-        caps = []
-        for v, start, free, turn in zip(
-            self.vectors, self.start, self.free, self.turn, strict=True
-        ):
-            share = (turn - now).clamp_(0, 1)
-            caps.append(torch.addcmul(free, start, share))
-            torch.clamp(v.gather(), -caps[-1], caps[-1], out=v.out)
-            torch._foreach_copy_(v.tensors, v.parts)
-        if self._optimizer is not None:
-            self._clear_momentum(self._optimizer, caps)
-
-    def _clear_momentum(self, optimizer: Optimizer, caps: list[Tensor]) -> None:
-        for v, cap in zip(self.vectors, caps, strict=True):
-            torch.sign(cap, out=v.out)  # 1 where momentum stays, 0 where nothing may
-        # The lists last until the optimizer loads another state.
-        if self._moments is None or self._moments[0] is not optimizer.state:
-            found = [
-                (value, part, tensor)
-                for v in self.vectors
-                for tensor, part in zip(v.tensors, v.parts, strict=True)
-                for value in optimizer.state.get(tensor, {}).values()
-                if isinstance(value, Tensor) and value.shape == tensor.shape
-            ]
-            moments, stays = [m for m, _, _ in found], [s for _, s, _ in found]
-            if len({id(tensor) for *_, tensor in found}) == len(self.tensors):
-                self._moments = (optimizer.state, moments, stays)
-        else:
-            _, moments, stays = self._moments
-        if moments:
-            torch._foreach_mul_(moments, stays)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        vectors = self._named("start", self.start) | self._named("turn", self.turn)
-        return {"step": self.step, **vectors}
-
-
-def _turns(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> Tensor:
-    """float [units + 1]: when each masked unit begins to go, 0 first and 1 last; 1 for all else."""
-    turns = torch.ones(graph.units + 1)
-    for name, score in (scores.norm(model, graph) | scores.scale(model, graph)).items():
-        gone = (~keep[name]).nonzero().squeeze(1)
-        order = torch.argsort(score[gone], stable=True)
-        turns[graph.by_name[name].start + gone[order]] = torch.linspace(0, 1, len(gone))
-    return turns

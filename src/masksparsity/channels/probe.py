@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from .errors import MaskSparsityError
 from .groups import ChannelGraph, ChannelGroup
+from .labels import Reason
 from .mask import KeepMask
 from .surgery import prune
-from .trace import Reason, Tracer
+from .trace import Tracer
 from .verify import Refusal
 
 _MOST = 64  # tries: what is refused then is refused when one prunes

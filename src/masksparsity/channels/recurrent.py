@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .trace import Reason, Rule, Tracer
+from .labels import Reason
+from .trace import Rule, Tracer
 
 RULES: dict[str, Rule] = {}
 

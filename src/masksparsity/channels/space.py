@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .trace import Labels, Rule, Tracer, numbers
+from .labels import Labels
+from .trace import Rule, Tracer, numbers
 
 RULES: dict[str, Rule] = {}
 

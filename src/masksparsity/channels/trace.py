@@ -1,105 +1,29 @@
-"""Run a network once on channel labels: which element of which tensor belongs to which channel.
+"""The labels of one network: which element of which tensor belongs to which channel.
 
-Every ATen call is seen with its real arguments by a dispatch mode. Beside each tensor travel
-`Labels`: integer ids, one per element, kept *broadcast* (size 1 along every axis where they do not
-vary), so that following a network costs little more than running it. Parameters and buffers get
-labels per axis when an operation first uses them. What each operation does to labels is the table
-in `rules.py`; what it does not know is protected.
+Beside each tensor travel `Labels`: integer ids, one per element, kept *broadcast* (size 1 along
+every axis where they do not vary), so that following a network costs little more than running it.
+Parameters and buffers get labels per axis when an operation first uses them. What each operation
+does to labels is the table in `rules.py`; what it does not know is protected.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
-from .network import at_least_two, eager, evaluating, named_tensors, tensors_in, unchanged
-from .watch import Escapes, module_stack
-
-Slot = tuple[str, int]
-"""One axis of one parameter or buffer: (name in the model, axis)."""
-
-ANONYMOUS = 0
-"""The label of all that came from nowhere we know: protected, and so is what it meets."""
+from .labels import ANONYMOUS, NOTHING, Cut, Labels, Norm, Product, Reason, Record, Slot
+from .network import tensors_in, tensors_of
 
 _LABELS, _VIEWED = "_masksparsity_labels", "_masksparsity_viewed"
 _BLANK = "_masksparsity_blank"
-_NOTHING: frozenset[Slot] = frozenset()
-
-
-class Labels(NamedTuple):
-    """Which channel each element of a tensor belongs to, along some of its axes."""
-
-    ids: Tensor
-    """int64, as many axes as the tensor; full size along `axes`, 1 along all others."""
-    axes: frozenset[int]
-    clean: bool = True
-    """Elements of a channel are zero whenever the channel's producers are."""
-    sources: frozenset[Slot] = _NOTHING
-    """The producers that make it so, as long as no operation but a norm has read them."""
-
-
-class Reason(NamedTuple):
-    """Why channels are protected: what happened, in which operation of which module."""
-
-    why: str
-    operation: str
-    module: str
-
-    def __str__(self) -> str:
-        where = f" in {self.module}" if self.module else ""
-        return f"{self.why} ({self.operation}{where})"
-
-
-class Record(NamedTuple):
-    """One operation that consumed labels: what the proof compares."""
-
-    operation: str
-    module: str
-    ids: tuple[Tensor, ...]
-    scalars: tuple[Any, ...]
-    shapes: tuple[torch.Size | None, ...]
-    """Of ids that vary along several axes: their shape."""
-
-
-class Cut(NamedTuple):
-    """Channels that an operation parted into pieces."""
-
-    operation: str
-    module: str
-    whole: Tensor
-    """Ids [rows, length]: several rows where other axes hold channels, too."""
-    pieces: tuple[Tensor, ...]
-    """Ids [rows, length of the piece]."""
-    numbers: tuple[int, ...]
-    """What the call may have written down: lengths, bounds or axes."""
-
-
-class Product(NamedTuple):
-    """A convolution or matrix product: `factor * len(outputs) * len(inputs)` MACs per example."""
-
-    module: str
-    factor: float
-    outputs: Tensor
-    inputs: Tensor
-
-
-class Norm(NamedTuple):
-    """A batch normalisation with scale: names of the module and of its tensors."""
-
-    module: str
-    weight: str
-    bias: str | None
-
 
 Rule = Callable[["Tracer", str, Any, Any, Any, bool], None]
 """`rule(tracer, operation, args, kwargs, out, inplace)`, called after the operation ran."""
 
 
-class Tracer(TorchDispatchMode):
-    """Follows labels through one forward.
+class Tracer:
+    """What is known of the labels of a model, and what rules may say of them.
 
     With `given` (slot -> ids) the labels of all parameters are known beforehand: nothing is united
     or protected, and only the records count. That is how the proof replays a slim model.
@@ -111,12 +35,15 @@ class Tracer(TorchDispatchMode):
         rules: Mapping[str, Rule],
         given: dict[Slot, Tensor] | None = None,
     ):
-        super().__init__()
         self.rules = rules
         self.modules = dict(model.named_modules())
-        self.tensors = dict(named_tensors(model))
+        self.tensors = dict(tensors_of(self.modules.items()))
+        kinds = [(n, t) for n, t in self.tensors.items() if type(t) is not Tensor]  # soon told
+        self.parameters = [n for n, t in kinds if isinstance(t, nn.Parameter)]
+        self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         self.names = {id(tensor): name for name, tensor in self.tensors.items()}
-        self.paths: dict[int, str] = {id(module): name for name, module in self.modules.items()}
+        self.paths = {id(module): name for name, module in self.modules.items()}
+        self.operation = ""
         self.stack: list[str] = [""]
         self.failed: str | None = None  # the module whose forward raised
         self.fault: tuple[Exception | None, list[Tensor]] = (None, [])
@@ -125,7 +52,7 @@ class Tracer(TorchDispatchMode):
         self._placed: dict[tuple[int, int, int], Tensor] = {}
         self.flats: dict[int, Tensor] = {}
         # Labels of all filters, made in one go: many small tensors take time.
-        sizes = {(n, 0): t.shape[0] for n, t in self.tensors.items() if t.ndim > 1}
+        sizes = {(n, 0): shape[0] for n, shape in self.shapes.items() if len(shape) > 1}
         self.count = ANONYMOUS + 1 + sum(sizes.values())
         fresh, lengths = torch.arange(ANONYMOUS + 1, self.count), [*sizes.values()]
         self.fresh = dict(zip(sizes, fresh.split(lengths), strict=True))
@@ -143,13 +70,11 @@ class Tracer(TorchDispatchMode):
         self.consumers: set[Slot] = set()  # axes that a product sums over
         self.swallowed: list[Tensor] = []  # summed over by what has no weights
         self.cuts: list[Cut] = []
+        self.left: list[tuple[Tensor, Reason]] = []  # values that left PyTorch during the proof
         self.touched: set[str] = set()  # names of the tensors that took part
         self.trained = False
         self.token = object()
-        self._known: dict[Any, tuple[Rule | None, str, bool]] = {}
         self._own: dict[str, tuple[Labels, ...]] = {}
-
-    # What rules use ------------------------------------------------------------------------------
 
     @property
     def module(self) -> str:
@@ -167,7 +92,7 @@ class Tracer(TorchDispatchMode):
                 Labels(self.along(self.slot(name, axis, size), axis, tensor.ndim),
                        frozenset({axis}), True, frozenset({(name, axis)}))
                 for axis, size in enumerate(tensor.shape)
-                if self._labelled(name, tensor, axis)
+                if self._labelled((name, axis))
             )  # fmt: skip
         return self._own[name]
 
@@ -241,14 +166,15 @@ class Tracer(TorchDispatchMode):
     def expose(self, labels: Iterable[Labels]) -> None:
         """Something other than a norm reads these: they are zero only if their producers are."""
         for m in labels:
-            self.exposed |= m.sources
-            self.producers |= m.sources
+            if m.sources:
+                self.exposed |= m.sources
+                self.producers |= m.sources
 
     def record(self, labels: Iterable[Labels], scalars: Iterable[Any] = ()) -> None:
         labels = tuple(labels)
         ids = tuple([m.ids for m in labels])
         shapes = tuple([m.ids.shape if len(m.axes) > 1 else None for m in labels])
-        self.records.append(Record(self.operation, self.module, ids, tuple(scalars), shapes))
+        self.records.append(Record(self.operation, self.stack[-1], ids, tuple(scalars), shapes))
 
     def read(
         self, tensor: Tensor, axis: int, elsewhere: str | None = None
@@ -261,6 +187,8 @@ class Tracer(TorchDispatchMode):
         """
         axis %= tensor.ndim
         found = self.labels(tensor)
+        if len(found) == 1 and len(found[0].axes) == 1 and axis in found[0].axes:
+            return self.flat(found[0].ids, axis), found[0]  # nearly always
         along = [m for m in found if axis in m.axes]
         if not along and self.given and tensor.shape[axis] == 1 and len(found) == 1:
             (m,) = found  # a lone channel that a view has laid along the batch
@@ -294,7 +222,6 @@ class Tracer(TorchDispatchMode):
 
     def _sum(self, m: Labels) -> None:
         self.expose([m])
-        self.producers |= m.sources
         if not m.clean:
             self.pin(m.ids, "zero does not stay zero on the way here")
 
@@ -305,10 +232,13 @@ class Tracer(TorchDispatchMode):
         name = self.names.get(id(tensor))
         if name is None:
             self.unite(self.read(tensor, axis)[0], ids)
-        elif (name, axis) in self.slots:
-            self.unite(self.slots[name, axis], ids)
-        elif self._labelled(name, tensor, axis):
-            self.slots[name, axis] = ids
+            return
+        slot = (name, axis)
+        own = self.slots.get(slot)
+        if own is None and self._labelled(slot):
+            self.slots[slot] = ids
+        elif own is not None:
+            self.unite(own, ids)
 
     def out_ids(self, tensor: Tensor, axis: int) -> tuple[Tensor, frozenset[Slot], bool]:
         """The ids that a weight hands out along its output axis, the slots behind them, and
@@ -316,57 +246,20 @@ class Tracer(TorchDispatchMode):
         name = self.names.get(id(tensor))
         if name is None:
             ids, m = self.read(tensor, axis)
-            return (ids, m.sources, m.clean) if m else (ids, _NOTHING, True)
-        if not self._labelled(name, tensor, axis):
-            return torch.zeros(tensor.shape[axis], dtype=torch.int64), _NOTHING, True
+            return (ids, m.sources, m.clean) if m else (ids, NOTHING, True)
+        if not self._labelled((name, axis)):
+            return torch.zeros(tensor.shape[axis], dtype=torch.int64), NOTHING, True
         return self.slot(name, axis, tensor.shape[axis]), frozenset({(name, axis)}), True
 
     def in_slots(self, tensor: Tensor | None, axis: int) -> frozenset[Slot]:
         if tensor is None:
-            return _NOTHING
+            return NOTHING
         name = self.names.get(id(tensor))
         if name is not None:
             self.touched.add(name)
             return frozenset({(name, axis)})
         sources = (m.sources for m in self.labels(tensor) if axis in m.axes)
         return frozenset().union(*sources)
-
-    # The run -------------------------------------------------------------------------------------
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled while tracing: spares an import of 1.5 s, and every call
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        try:
-            out = func(*args, **kwargs)
-        except Exception as error:
-            self.blame(error, (args, kwargs))
-            raise
-        known = self._known.get(func)
-        if known is None:
-            known = self._known[func] = self._look_up(func)
-        rule, self.operation, inplace = known
-        if rule is None:
-            self.unknown(args, kwargs, out)
-        else:
-            rule(self, self.operation, args, kwargs, out, inplace)
-        return out
-
-    def blame(self, error: Exception, args: Any) -> None:
-        """Keep what flowed into the operation that raised; the innermost of those passing it on."""
-        if self.fault[0] is not error:
-            flowing = [x for x in tensors_in(args) if id(x) not in self.names]
-            self.fault = (error, [m.ids for x in flowing for m in self.labels(x)])
-
-    def _look_up(self, func: Any) -> tuple[Rule | None, str, bool]:
-        name = func._schema.name
-        inplace = func._schema.is_mutable and name.endswith("_") and not name.endswith("__")
-        base = name.removeprefix("aten::")
-        base = base[:-1] if inplace else base
-        writes_elsewhere = func._schema.is_mutable and not inplace and base not in self.rules
-        return None if writes_elsewhere else self.rules.get(base), base, inplace
 
     def unknown(self, args: Any, kwargs: Any, out: Any) -> None:
         """Protect all that flows in; what comes out has no channels that we know."""
@@ -381,63 +274,30 @@ class Tracer(TorchDispatchMode):
             self.set(tensor, ())
             self.blank(tensor, False)
 
-    def _labelled(self, name: str, tensor: Tensor, axis: int) -> bool:
+    def blame(self, error: Exception, args: Any) -> None:
+        """Keep what flowed into the operation that raised; the innermost of those passing it on."""
+        if self.fault[0] is not error:
+            flowing = [x for x in tensors_in(args) if id(x) not in self.names]
+            self.fault = (error, [m.ids for x in flowing for m in self.labels(x)])
+
+    def forget(self, tensor: Tensor) -> None:
+        """Take off what travels beside a tensor."""
+        for key in (_LABELS, _VIEWED, _BLANK):
+            if hasattr(tensor, key):
+                delattr(tensor, key)
+
+    def _labelled(self, slot: Slot) -> bool:
         # Of weights with a kernel only the two channel axes; an axis of size 1 broadcasts.
         if self.given:
-            return (name, axis) in self.slots
-        return (
-            tensor.is_floating_point() and tensor.shape[axis] > 1 and (axis < 2 or tensor.ndim == 3)
-        )
+            return slot in self.slots
+        name, axis = slot
+        tensor, shape = self.tensors[name], self.shapes[name]
+        return shape[axis] > 1 and (axis < 2 or len(shape) == 3) and tensor.is_floating_point()
 
     def untouched(self) -> tuple[str, ...]:
         """The parameters that no operation used."""
         used = self.touched | self._own.keys()
-        rest = (n for n, t in self.tensors.items() if isinstance(t, nn.Parameter))
-        return tuple([n for n in rest if n not in used])
-
-    def run_training(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """One more forward, in train mode, for auxiliary heads that are used there only. Where it
-        fails (for want of targets, say) nothing has been learnt."""
-        buffers = [(t, t.clone()) for t in self.tensors.values() if not isinstance(t, nn.Parameter)]
-        args, kwargs = tree_map(at_least_two, (args, kwargs))
-        kept = (self.edges, self.pins, self.records, self.products, self.swallowed, self.cuts)
-        lengths = [len(part) for part in kept]
-        try:
-            self.run(model, args, kwargs, training=True)
-            self.trained = True
-        except Exception:
-            if self.given:
-                raise
-            for part, length in zip(kept, lengths, strict=True):
-                del part[length:]  # type: ignore[attr-defined]
-        finally:
-            del self.products[lengths[3] :]  # costs are those of inference
-            with torch.no_grad():
-                for tensor, value in buffers:
-                    tensor.copy_(value)
-
-    def run(self, model: nn.Module, args: tuple, kwargs: dict, training: bool = False) -> Any:
-        """One forward in eval mode without gradients; model, RNG and mode stay as they were."""
-        with (
-            unchanged(model),
-            evaluating(model, training),
-            eager(),
-            torch.no_grad(),
-            module_stack(self),
-            Escapes(self),
-            self,
-        ):
-            out = model(*args, **kwargs)
-        self.operation = "output"
-        found = [m for t in tensors_in(out) for m in self.labels(t)]
-        self.record(found)
-        self.expose(found)
-        self.pin(found, "model output")
-        for tensor in tensors_in(out):
-            for key in (_LABELS, _VIEWED, _BLANK):
-                if hasattr(tensor, key):
-                    delattr(tensor, key)
-        return out
+        return tuple([n for n in self.parameters if n not in used])
 
 
 def numbers(args: Iterable[Any]) -> tuple[Any, ...]:

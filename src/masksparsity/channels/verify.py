@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MaskSparsityError
+from .forward import run, run_training
 from .groups import ChannelGraph
+from .labels import Record
 from .mask import KeepMask
 from .network import like
 from .silence import silent_modules
-from .trace import Record, Tracer
+from .trace import Tracer
 
 
 class Refusal(MaskSparsityError):
@@ -47,9 +49,9 @@ def records_now(model: nn.Module, graph: ChannelGraph) -> tuple[Record, ...]:
              for slot, units in graph.slots.items()}  # fmt: skip
     tracer = Tracer(model, graph.rules, given)
     args, kwargs = like(graph.example, model)
-    tracer.run(model, args, kwargs)
+    run(tracer, model, args, kwargs)
     if graph.training:
-        tracer.run_training(model, args, kwargs)
+        run_training(tracer, model, args, kwargs)
     return tuple(
         r._replace(ids=tuple(ids.reshape(-1) % (graph.units + 1) - 1 for ids in r.ids))
         for r in tracer.records
@@ -70,12 +72,13 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
     args, kwargs = like(graph.example, slim)
     failure = None
     try:
-        tracer.run(slim, args, kwargs)
+        run(tracer, slim, args, kwargs)
         if graph.training:
-            tracer.run_training(slim, args, kwargs)
+            run_training(tracer, slim, args, kwargs)
     except Exception as error:
         failure = error
     _compare(slim, tracer, graph, units, ran=failure is None)
+    _stays(tracer, graph, width)
     if failure is not None:
         raised, flowing = tracer.fault
         entered = [ids.reshape(-1) % width - 1 for ids in flowing if raised is failure]
@@ -140,6 +143,18 @@ def _compare(
         extra = replayed[len(records)]
         why = "the slim model takes another way here"
         raise Refusal(why, extra.operation, extra.module, remedy, len(records) - 1)
+
+
+def _stays(tracer: Tracer, graph: ChannelGraph, width: int) -> None:
+    """No values of channels that may go left PyTorch on a way that the trace did not watch."""
+    free = torch.zeros(width, dtype=torch.bool)
+    for group in graph.prunable:
+        free[group.start : group.start + group.size] = True
+    for ids, reason in tracer.left:
+        units = ids.reshape(-1) % width - 1
+        if free[units].any():
+            remedy = "Protect these channels with trace(..., protect=...)"
+            raise Refusal(*reason, remedy, len(tracer.records) - 1, units)
 
 
 def _gone(record: Record, units: Tensor) -> bool:

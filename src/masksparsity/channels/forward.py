@@ -1,0 +1,104 @@
+"""Run a network once on channel labels: every ATen call is seen with its real arguments."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from .network import (
+    at_least_two,
+    eager,
+    evaluating,
+    fused_attention_off,
+    tensors_in,
+    unchanged,
+)
+from .trace import Rule, Tracer
+from .watch import Calls, escapes, module_stack
+
+
+class Operations(TorchDispatchMode):
+    """Applies its rule after each operation."""
+
+    def __init__(self, tracer: Tracer):
+        super().__init__()
+        self.tracer = tracer
+        self._known: dict[int, tuple[Rule | None, str, bool]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled while tracing: spares an import of 1.5 s, and every call
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tracer, kwargs = self.tracer, kwargs or {}
+        known = self._known.get(id(func))  # its own hash takes time
+        if known is None:
+            known = self._known[id(func)] = self._look_up(func)
+        rule, operation, inplace = known
+        try:
+            out = func(*args, **kwargs)
+        except Exception as error:
+            tracer.blame(error, (args, kwargs))
+            raise
+        tracer.operation = operation
+        if rule is None:
+            tracer.unknown(args, kwargs, out)
+        else:
+            rule(tracer, operation, args, kwargs, out, inplace)
+        return out
+
+    def _look_up(self, func: Any) -> tuple[Rule | None, str, bool]:
+        name = func._schema.name
+        inplace = func._schema.is_mutable and name.endswith("_") and not name.endswith("__")
+        base = name.removeprefix("aten::")
+        base = base[:-1] if inplace else base
+        writes_elsewhere = func._schema.is_mutable and not inplace and base not in self.tracer.rules
+        return None if writes_elsewhere else self.tracer.rules.get(base), base, inplace
+
+
+def run(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, training: bool = False) -> Any:
+    """One forward in eval mode without gradients; model, RNG and mode stay as they were."""
+    with (
+        unchanged(tracer.modules.values()),
+        evaluating(tracer.modules.values(), training),
+        eager(),
+        torch.no_grad(),
+        module_stack(tracer),
+        Calls(tracer) if tracer.given else escapes(tracer),
+        fused_attention_off(),
+        Operations(tracer),
+    ):
+        out = model(*args, **kwargs)
+    tracer.operation = "output"
+    found = [m for t in tensors_in(out) for m in tracer.labels(t)]
+    tracer.record(found)
+    tracer.expose(found)
+    tracer.pin(found, "model output")
+    for tensor in tensors_in(out):
+        tracer.forget(tensor)
+    return out
+
+
+def run_training(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    """One more forward, in train mode, for auxiliary heads that are used there only. Where it
+    fails (for want of targets, say) nothing has been learnt."""
+    buffers = [(t, t.clone()) for t in tracer.tensors.values() if not isinstance(t, nn.Parameter)]
+    args, kwargs = tree_map(at_least_two, (args, kwargs))
+    t = tracer
+    kept = (t.edges, t.pins, t.records, t.products, t.swallowed, t.cuts)
+    lengths = [len(part) for part in kept]
+    try:
+        run(tracer, model, args, kwargs, training=True)
+        tracer.trained = True
+    except Exception:
+        if tracer.given:
+            raise
+        for part, length in zip(kept, lengths, strict=True):
+            del part[length:]  # type: ignore[attr-defined]
+    finally:
+        del tracer.products[lengths[3] :]  # costs are those of inference
+        with torch.no_grad():
+            for tensor, value in buffers:
+                tensor.copy_(value)

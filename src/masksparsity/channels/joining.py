@@ -1,0 +1,73 @@
+"""Several tensors become one: concatenated, stacked, padded."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .labels import ANONYMOUS, Labels
+from .movement import unsqueeze
+from .trace import Rule, Tracer
+
+
+def cat(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    # Torch lets a 1-D empty placeholder stand among the parts; it holds nothing.
+    parts = [x for x in args[0] if x.ndim == out.ndim]
+    _join(t, out, dim, [x.shape for x in parts], [t.labels(x) for x in parts])
+
+
+def stack(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
+    shape = torch.Size(1 if a == dim else n for a, n in enumerate(out.shape))
+    found = [tuple(unsqueeze(x, m, dim) for m in t.labels(x)) for x in args[0]]
+    _join(t, out, dim, [shape] * len(found), found)
+
+
+def _join(
+    t: Tracer, out: Tensor, dim: int, shapes: list[torch.Size], found: list[tuple[Labels, ...]]
+) -> None:
+    labels = [m for ms in found for m in ms]
+    if not labels:
+        t.set(out, ())
+        return
+    t.record(labels)
+    if any(len(ms) > 1 for ms in found):
+        t.pin(labels, "two channels meet on one element")
+        t.set(out, ())
+        return
+    axes = frozenset().union(*(m.axes for m in labels))
+    sources = frozenset().union(*(m.sources for m in labels))
+    clean = all(m.clean for m in labels)
+    whole = []
+    for shape, ms in zip(shapes, found, strict=True):
+        ids = ms[0].ids if ms else torch.full([1] * len(shape), ANONYMOUS)
+        if not ms or ms[0].axes != axes:
+            ids = ids.expand([n if a in axes else 1 for a, n in enumerate(shape)])
+        whole.append(ids)
+    if dim in axes:
+        ids = torch.cat(whole, dim)
+    else:  # along space: the parts lie over one another, so their channels are one
+        ids = whole[0]
+        for other in whole[1:]:
+            t.unite(ids, other)
+    t.set(out, [Labels(ids, axes, clean, sources)])
+
+
+def pad(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """By a constant: over space it passes channels, over channels it protects them."""
+    x, widths, value = (*args, 0)[:3]
+    padded = {x.ndim - 1 - k // 2 for k, width in enumerate(widths) if width}
+    found = t.labels(x)
+    t.record(found, widths)
+    result = []
+    for m in found:
+        if m.axes & padded:
+            t.expose([m])
+            t.pin(m.ids, "channels are padded by a constant width")
+        else:
+            result.append(m._replace(clean=m.clean and value == 0))
+    t.set(out, result)
+
+
+RULES: dict[str, Rule] = {"cat": cat, "stack": stack, "constant_pad_nd": pad}

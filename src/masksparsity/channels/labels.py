@@ -1,0 +1,79 @@
+"""What travels beside tensors, and what operations leave behind: the words of a trace."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Slot = tuple[str, int]
+"""One axis of one parameter or buffer: (name in the model, axis)."""
+
+ANONYMOUS = 0
+"""The label of all that came from nowhere we know: protected, and so is what it meets."""
+
+NOTHING: frozenset[Slot] = frozenset()
+
+
+class Labels(NamedTuple):
+    """Which channel each element of a tensor belongs to, along some of its axes."""
+
+    ids: Tensor
+    """int64, as many axes as the tensor; full size along `axes`, 1 along all others."""
+    axes: frozenset[int]
+    clean: bool = True
+    """Elements of a channel are zero whenever the channel's producers are."""
+    sources: frozenset[Slot] = NOTHING
+    """The producers that make it so, as long as no operation but a norm has read them."""
+
+
+class Reason(NamedTuple):
+    """Why channels are protected: what happened, in which operation of which module."""
+
+    why: str
+    operation: str
+    module: str
+
+    def __str__(self) -> str:
+        where = f" in {self.module}" if self.module else ""
+        return f"{self.why} ({self.operation}{where})"
+
+
+class Record(NamedTuple):
+    """One operation that consumed labels: what the proof compares."""
+
+    operation: str
+    module: str
+    ids: tuple[Tensor, ...]
+    scalars: tuple[Any, ...]
+    shapes: tuple[torch.Size | None, ...]
+    """Of ids that vary along several axes: their shape."""
+
+
+class Cut(NamedTuple):
+    """Channels that an operation parted into pieces."""
+
+    operation: str
+    module: str
+    whole: Tensor
+    """Ids [rows, length]: several rows where other axes hold channels, too."""
+    pieces: tuple[Tensor, ...]
+    """Ids [rows, length of the piece]."""
+    numbers: tuple[int, ...]
+    """What the call may have written down: lengths, bounds or axes."""
+
+
+class Product(NamedTuple):
+    """A convolution or matrix product: `factor * len(outputs) * len(inputs)` MACs per example."""
+
+    module: str
+    factor: float
+    outputs: Tensor
+    inputs: Tensor
+
+
+class Norm(NamedTuple):
+    """A batch normalisation with scale: names of the module and of its tensors."""
+
+    module: str
+    weight: str
+    bias: str | None
