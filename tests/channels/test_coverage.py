@@ -268,6 +268,17 @@ def test_selectors_respect_equal_pieces():
     assert ms.prune(model, graph, keep.repaired())
 
 
+@pytest.mark.parametrize("name", EXACT)
+def test_a_repaired_mask_is_one_that_prunes(name):
+    """What comes back because the network needs it may have to be as long as other pieces."""
+    build, into = EXACT[name]
+    graph = ms.trace(calibrated(Net(build(), into=into), X), X)
+    for seed in range(8):
+        keep = random_mask(graph, seed, empty=0.7)
+        assert all(pieces.satisfied(keep.units) for pieces in graph.constraints)
+        assert not graph.branches.missed(keep.kept).any()
+
+
 def test_forward_may_cache_and_count():
     class Counting(nn.Module):
         def __init__(self):
