@@ -1,9 +1,10 @@
 """Run a network once on channel labels: every ATen call is seen with its real arguments."""
 
+import contextlib
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -18,7 +19,7 @@ class Operations(TorchDispatchMode):
     def __init__(self, tracer: Tracer):
         super().__init__()
         self.tracer = tracer
-        self._known: dict[Any, tuple[Rule | None, str, bool]] = {}
+        self._known: dict[Any, tuple[Rule | None, str, bool, bool]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -26,33 +27,50 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tracer, kwargs = self.tracer, kwargs or {}
+        known = self._known.get(func)
+        if known is None:
+            known = self._known[func] = self._look_up(func)
+        rule, operation, inplace, writes = known
+        given = self._before(func, args, kwargs) if writes else args
         try:
             out = func(*args, **kwargs)
         except Exception as error:
             tracer.blame(error, (args, kwargs))
             raise
-        known = self._known.get(func)
-        if known is None:
-            known = self._known[func] = self._look_up(func)
-        rule, tracer.operation, inplace = known
+        tracer.operation = operation
         if rule is None:
-            tracer.unknown(args, kwargs, out)
+            tracer.unknown(given, kwargs, out)
         else:
-            rule(tracer, tracer.operation, args, kwargs, out, inplace)
+            rule(tracer, operation, given, kwargs, out, inplace)
         return out
 
-    def _look_up(self, func: Any) -> tuple[Rule | None, str, bool]:
+    def _before(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operation is about to write: keep what it may overwrite of the model's own, and what
+        its rule has to know of a tensor that takes another shape in place."""
+        for x in (*args[:1], *kwargs.values()):
+            if isinstance(x, Tensor):
+                self.tracer.spare(x if x._base is None else x._base)
+        if torch.Tag.inplace_view not in func.tags:
+            return args
+        before = args[0].detach()
+        self.tracer.set(before, self.tracer.labels(args[0]))
+        return before, *args[1:]
+
+    def _look_up(self, func: Any) -> tuple[Rule | None, str, bool, bool]:
         name = func._schema.name
         inplace = func._schema.is_mutable and name.endswith("_") and not name.endswith("__")
         base = name.removeprefix("aten::")
         base = base[:-1] if inplace else base
-        writes_elsewhere = func._schema.is_mutable and not inplace and base not in self.tracer.rules
-        return None if writes_elsewhere else self.tracer.rules.get(base), base, inplace
+        writes = func._schema.is_mutable
+        into = any(a.is_out for a in func._schema.arguments)  # `out=`: others may view it
+        elsewhere = into or (writes and not inplace and base not in self.tracer.rules)
+        return None if elsewhere else self.tracer.rules.get(base), base, inplace, writes
 
 
 def run(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, training: bool = False) -> Any:
     """One forward in eval mode without gradients; model, RNG and mode stay as they were."""
     with (
+        contextlib.ExitStack() as stack,
         unchanged(model),
         evaluating(model, training),
         eager(),
@@ -61,6 +79,7 @@ def run(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, training: b
         Escapes(tracer),
         Operations(tracer),
     ):
+        stack.callback(tracer.restore)
         out = model(*args, **kwargs)
     tracer.operation = "output"
     found = [m for t in tensors_in(out) for m in tracer.labels(t)]

@@ -9,6 +9,8 @@ from torch.overrides import TorchFunctionMode
 
 from .trace import Tracer
 
+_DATA: Any = Tensor.data  # the attribute: what reads and sets it
+
 
 class Escapes(TorchFunctionMode):
     """Values that leave PyTorch come back from nowhere: their channels are protected."""
@@ -17,6 +19,7 @@ class Escapes(TorchFunctionMode):
         getattr(Tensor, name)
         for name in ("numpy", "__array__", "tolist", "data_ptr", "__dlpack__", "untyped_storage")
     )
+    ALIASES = frozenset((_DATA.__get__, _DATA.__set__, Tensor.detach))
 
     def __init__(self, tracer: Tracer):
         super().__init__()
@@ -29,6 +32,12 @@ class Escapes(TorchFunctionMode):
             for x in args[:2]:
                 over = [m for m in self.tracer.labels(x) if x.ndim - 1 in m.axes]
                 self.tracer.pin(over, "attention divides by the width")
+        if func in self.ALIASES:  # through which the model's own tensor may be written to
+            self.tracer.spare(args[0])
+        if func == _DATA.__set__:
+            self.tracer.operation = ".data ="
+            self.tracer.unknown(args, {}, ())
+            self.tracer.blank(args[0], False)
         if func in self.FUNCTIONS:
             self.tracer.operation = func.__name__
             found = self.tracer.labels(args[0])
