@@ -3,6 +3,7 @@
 What decides whether a channel may go is whether zero stays zero.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,9 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
             result = [Labels(m.ids, m.axes, zero([m.clean], args)) for m in labels]
         else:
             result = _merge(t, tensors, found, out, lambda flags: zero(flags, args), args)
+        if op in _FACTORS and not t.given and any(m.clean for m in result):
+            bounded = not _unbounded(t, op, args, kwargs)
+            result = [m._replace(clean=m.clean and bounded) for m in result]
         t.set(out, result, inplace)
 
     return apply
@@ -50,6 +54,25 @@ def _pole(op: str, args: Sequence[Any]) -> Any:
         return args[2]
     negative = op == "pow" and isinstance(args[1], (int, float)) and args[1] < 0
     return args[0] if negative or op in INFINITE_AT_ZERO else None
+
+
+def _unbounded(t: Tracer, op: str, args: Sequence[Any], kwargs: Any) -> bool:
+    """Is a factor infinite, or a divisor of no channels zero? Of what is clean there is no need to
+    ask, unless it is a parameter."""
+    pole = _pole(op, args)
+    for x in (*args, *kwargs.values()):
+        if not isinstance(x, Tensor):
+            if (isinstance(x, float) and not math.isfinite(x)) or (x is pole and x == 0):
+                return True
+            continue
+        found = t.labels(x)
+        if found and id(x) not in t.names and all(m.clean for m in found):
+            continue
+        if x.layout != torch.strided or not bool(x.isfinite().all()):
+            return True
+        if x is pole and not found and not bool(x.all()):
+            return True
+    return False
 
 
 def _merge(
@@ -168,6 +191,7 @@ sinh asinh tan frac sgn nan_to_num native_dropout dropout _prelu_kernel prelu
 rrelu_with_noise"""
 NOT_ZERO_AT_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp exp2 cos cosh acos rsub eq ne ge
 le gt lt logical_not isnan isfinite isinf bitwise_and bitwise_or bitwise_not atan2"""
+_FACTORS = ("mul", "div", "remainder", "fmod", "addcmul", "addcdiv", "lerp")
 INFINITE_AT_ZERO = ("log", "log2", "log10", "rsqrt", "reciprocal", "lgamma", "digamma")
 
 RULES: dict[str, Rule] = {}
