@@ -347,3 +347,21 @@ def test_a_report_tells_what_was_not_used():
             self.spare = nn.Conv2d(8, 8, 1)
 
     assert str(ms.trace(Other(), torch.randn(1, 3, 4, 4))).endswith("inputs: spare")
+
+
+_take = Tensor.numpy  # no patch of the class reaches it
+
+
+@pytest.mark.parametrize("library", [False, True])
+def test_values_that_leave_by_a_method_out_of_its_class(library, monkeypatch):
+    def gate(s, x):
+        return x * float(_take(x.mean((0, 2, 3))).max())
+
+    if library:  # whose code is not tried out while tracing
+        monkeypatch.setattr(Middle, "__module__", "torchvision.models")
+    model = Middle(gate).eval()
+    graph = ms.trace(model, row(2, 3, 8, 8))
+    assert graph.by_name["a"].prunable == library
+    if library:
+        with pytest.raises(ms.MaskSparsityError, match=r"values leave PyTorch \(numpy"):
+            ms.prune(model, graph, ms.KeepMask(graph, {"a": torch.arange(8) > 2}))

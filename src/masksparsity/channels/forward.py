@@ -8,9 +8,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from .network import at_least_two, eager, evaluating, tensors_in, unchanged
+from .network import (
+    at_least_two,
+    eager,
+    evaluating,
+    fused_attention_off,
+    tensors_in,
+    unchanged,
+)
 from .trace import Rule, Tracer
-from .watch import Escapes, module_stack
+from .watch import Calls, escapes, module_stack
 
 
 class Operations(TorchDispatchMode):
@@ -45,8 +52,8 @@ class Operations(TorchDispatchMode):
         return out
 
     def _before(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An operation is about to write: keep what it may overwrite of the model's own, and what
-        its rule has to know of a tensor that takes another shape in place."""
+        """An operation is about to write, or to hand out an alias: keep what may be overwritten of
+        the model's own, and what its rule has to know of a tensor that changes shape in place."""
         for x in (*args[:1], *kwargs.values()):
             if isinstance(x, Tensor):
                 self.tracer.spare(x if x._base is None else x._base)
@@ -61,10 +68,11 @@ class Operations(TorchDispatchMode):
         inplace = func._schema.is_mutable and name.endswith("_") and not name.endswith("__")
         base = name.removeprefix("aten::")
         base = base[:-1] if inplace else base
-        writes = func._schema.is_mutable
-        into = any(a.is_out for a in func._schema.arguments)  # `out=`: others may view it
-        elsewhere = into or (writes and not inplace and base not in self.tracer.rules)
-        return None if elsewhere else self.tracer.rules.get(base), base, inplace, writes
+        rule, mutable = self.tracer.rules.get(base), func._schema.is_mutable
+        if any(a.is_out for a in func._schema.arguments):  # `out=`: others may view it
+            rule = None
+        writes = mutable or base in ("detach", "alias")  # which may be written to later
+        return rule, base, inplace, writes
 
 
 def run(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, training: bool = False) -> Any:
@@ -76,7 +84,8 @@ def run(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, training: b
         eager(),
         torch.no_grad(),
         module_stack(tracer),
-        Escapes(tracer),
+        Calls(tracer) if tracer.given else escapes(tracer),
+        fused_attention_off(),
         Operations(tracer),
     ):
         stack.callback(tracer.restore)

@@ -130,6 +130,17 @@ def eager() -> contextlib.AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def fused_attention_off() -> Iterator[None]:
+    """Attention and encoder layers run as the operations that they are made of."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 # What every module has and no forward writes.
 _HOOKS = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}
 

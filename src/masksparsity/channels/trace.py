@@ -67,6 +67,7 @@ class Tracer:
         self.consumers: set[Slot] = set()  # axes that a product sums over
         self.swallowed: list[Tensor] = []  # summed over by what has no weights
         self.cuts: list[Cut] = []
+        self.left: list[tuple[Tensor, Reason]] = []  # values that left PyTorch during the proof
         self.touched: set[str] = set()  # names of the tensors that took part
         self.trained = False
         self.token = object()

@@ -78,6 +78,7 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
     except Exception as error:
         failure = error
     _compare(slim, tracer, graph, units, ran=failure is None)
+    _stays(tracer, graph, width)
     if failure is not None:
         raised, flowing = tracer.fault
         entered = [ids.reshape(-1) % width - 1 for ids in flowing if raised is failure]
@@ -142,6 +143,18 @@ def _compare(
         extra = replayed[len(records)]
         why = "the slim model takes another way here"
         raise Refusal(why, extra.operation, extra.module, remedy, len(records) - 1)
+
+
+def _stays(tracer: Tracer, graph: ChannelGraph, width: int) -> None:
+    """No values of channels that may go left PyTorch on a way that the trace did not watch."""
+    free = torch.zeros(width, dtype=torch.bool)
+    for group in graph.prunable:
+        free[group.start : group.start + group.size] = True
+    for ids, reason in tracer.left:
+        units = ids.reshape(-1) % width - 1
+        if free[units].any():
+            remedy = "Protect these channels with trace(..., protect=...)"
+            raise Refusal(*reason, remedy, len(tracer.records) - 1, units)
 
 
 def _gone(record: Record, units: Tensor) -> bool:

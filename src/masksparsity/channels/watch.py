@@ -1,25 +1,88 @@
 """What a forward does beside its operations: it enters modules, and values leave PyTorch."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .labels import Reason
 from .trace import Tracer
 
-_DATA: Any = Tensor.data  # the attribute: what reads and sets it
+_WAYS_OUT = ("numpy", "__array__", "tolist", "data_ptr", "__dlpack__", "untyped_storage")
+_LEAVING = frozenset(getattr(Tensor, name) for name in _WAYS_OUT)
+LEFT = "values leave PyTorch"
+_ALONE = threading.RLock()  # patches are the whole process's: one forward at a time has them
 
 
-class Escapes(TorchFunctionMode):
-    """Values that leave PyTorch come back from nowhere: their channels are protected."""
+@contextlib.contextmanager
+def escapes(tracer: Tracer) -> Iterator[None]:
+    """Values that leave PyTorch come back from nowhere: their channels are protected.
 
-    FUNCTIONS = frozenset(
-        getattr(Tensor, name)
-        for name in ("numpy", "__array__", "tolist", "data_ptr", "__dlpack__", "untyped_storage")
-    )
-    ALIASES = frozenset((_DATA.__get__, _DATA.__set__, Tensor.detach))
+    The ways out are patched: a mode that sees every call of a function costs too much. What goes
+    another way (a method that was taken out of its class before) is left to `Calls`.
+    """
+
+    def leave(method: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if found := tracer.labels(x):
+            tracer.operation = method.__name__
+            tracer.expose(found)
+            tracer.pin(found, LEFT)
+        return method(x, *args, **kwargs)
+
+    def attend(attention: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("scale"):
+            tracer.operation = attention.__name__
+            for x in (*args, *(kwargs[k] for k in ("query", "key") if k in kwargs))[:2]:
+                over = [m for m in tracer.labels(x) if x.ndim - 1 in m.axes]
+                tracer.pin(over, "attention divides by the width")
+        return attention(*args, **kwargs)
+
+    data: Any = Tensor.data
+
+    def assign(x: Tensor, other: Tensor) -> None:
+        """Its labels are those of what it held."""
+        found = [*tracer.labels(x), *tracer.labels(other)]
+        tracer.operation = ".data ="
+        tracer.expose(found)
+        tracer.pin(found, "values are taken over from another tensor")
+        tracer.blank(x, False)
+        tracer.spare(x)
+        data.__set__(x, other)
+
+    with _ALONE, contextlib.ExitStack() as patches:
+        patches.callback(delattr, Tensor, "data")
+        Tensor.data = property(data.__get__, assign)  # type: ignore[assignment]
+        for name in _WAYS_OUT:
+            patches.enter_context(_patched(Tensor, name, leave))
+        patches.enter_context(_patched(F, "scaled_dot_product_attention", attend))
+        yield
+
+
+@contextlib.contextmanager
+def _patched(owner: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
+    inherited, old = name not in vars(owner), getattr(owner, name)
+
+    def new(*args: Any, **kwargs: Any) -> Any:
+        return around(old, *args, **kwargs)
+
+    setattr(owner, name, functools.update_wrapper(new, old))
+    try:
+        yield
+    finally:
+        if inherited:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, old)
+
+
+class Calls(TorchFunctionMode):
+    """Every call of a function of PyTorch, for the proof: it learns what flowed into the one that
+    raised, and which values left."""
 
     def __init__(self, tracer: Tracer):
         super().__init__()
@@ -27,22 +90,9 @@ class Escapes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention and not kwargs.get("scale"):
-            self.tracer.operation = func.__name__
-            for x in args[:2]:
-                over = [m for m in self.tracer.labels(x) if x.ndim - 1 in m.axes]
-                self.tracer.pin(over, "attention divides by the width")
-        if func in self.ALIASES:  # through which the model's own tensor may be written to
-            self.tracer.spare(args[0])
-        if func == _DATA.__set__:
-            self.tracer.operation = ".data ="
-            self.tracer.unknown(args, {}, ())
-            self.tracer.blank(args[0], False)
-        if func in self.FUNCTIONS:
-            self.tracer.operation = func.__name__
-            found = self.tracer.labels(args[0])
-            self.tracer.expose(found)
-            self.tracer.pin(found, "values leave PyTorch")
+        if func in _LEAVING:
+            reason = Reason(LEFT, func.__name__, self.tracer.module)
+            self.tracer.left += [(m.ids, reason) for m in self.tracer.labels(args[0])]
         try:
             return func(*args, **kwargs)
         except Exception as error:  # `reshape` finds out before it becomes an operation
@@ -52,12 +102,14 @@ class Escapes(TorchFunctionMode):
 
 @contextlib.contextmanager
 def module_stack(tracer: Tracer) -> Iterator[None]:
+    stack, paths = tracer.stack, tracer.paths
+
     def enter(module: nn.Module, args: Any) -> None:
-        tracer.stack.append(tracer.paths.get(id(module), tracer.module))
+        stack.append(paths.get(id(module), stack[-1]))
         tracer.failed = None
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
-        path = tracer.stack.pop()
+        path = stack.pop()
         if out is None and tracer.failed is None:  # how `always_call` tells of an exception
             tracer.failed = path
 
