@@ -45,7 +45,7 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path) -> None:
     model, example = unwrap(model), arguments(example_inputs)
     # Traced on two examples or more: a length of one would be taken for a constant.
     traced = _longer(example)
-    with evaluating(model), torch.no_grad(), warnings.catch_warnings():
+    with evaluating(model.modules()), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             checks = [(i, _tensors(model(*i[0], **i[1]))) for i in (example, _longer(traced))]

@@ -62,7 +62,7 @@ def _times(model: nn.Module, args: tuple, kwargs: dict, runs: int) -> list[float
     """ms of each of `runs` forwards in eval mode, after a quarter as many to warm up."""
     on_cuda = any(t.is_cuda for t in model.parameters())
     times = []
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model.modules()), torch.inference_mode():
         for k in range(-(runs // 4) - 1, runs):
             begin = time.perf_counter()
             model(*args, **kwargs)

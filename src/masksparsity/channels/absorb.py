@@ -105,7 +105,7 @@ def _constants(
 ) -> Constants:
     watch = _Inputs({tensors[name].data_ptr(): name for name, _ in graph.consumers})
     args, kwargs = like(graph.example, model)
-    with evaluating(model), torch.no_grad(), watch:
+    with evaluating(model.modules()), torch.no_grad(), watch:
         model(*args, **kwargs)
     found = {}
     for name, axis in sorted(graph.consumers & graph.slots.keys()):

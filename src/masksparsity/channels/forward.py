@@ -26,7 +26,7 @@ class Operations(TorchDispatchMode):
     def __init__(self, tracer: Tracer):
         super().__init__()
         self.tracer = tracer
-        self._known: dict[Any, tuple[Rule | None, str, bool, bool]] = {}
+        self._known: dict[int, tuple[Rule | None, str, bool, bool]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -34,9 +34,9 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tracer, kwargs = self.tracer, kwargs or {}
-        known = self._known.get(func)
+        known = self._known.get(id(func))  # its own hash takes time
         if known is None:
-            known = self._known[func] = self._look_up(func)
+            known = self._known[id(func)] = self._look_up(func)
         rule, operation, inplace, writes = known
         given = self._before(func, args, kwargs) if writes else args
         try:
@@ -79,8 +79,8 @@ def run(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, training: b
     """One forward in eval mode without gradients; model, RNG and mode stay as they were."""
     with (
         contextlib.ExitStack() as stack,
-        unchanged(model),
-        evaluating(model, training),
+        unchanged(tracer.modules.values()),
+        evaluating(tracer.modules.values(), training),
         eager(),
         torch.no_grad(),
         module_stack(tracer),

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import operator
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -16,8 +15,12 @@ from .errors import MaskSparsityError
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers, each once, in state-dict order."""
+    return tensors_of(model.named_modules())
+
+
+def tensors_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
-    for prefix, module in model.named_modules():
+    for prefix, module in modules:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
@@ -76,7 +79,7 @@ def of_users(modules: Iterable[nn.Module]) -> bool:
     """Is there code that may do other things in train mode, such as return features? That of
     libraries asks for the sake of dropout, and of auxiliary heads, whose parameters tell."""
     libraries = ("torch.nn.", "torchvision.", "timm.", "masksparsity.")  # scripts are users' code
-    return any(not type(m).__module__.startswith(libraries) for m in modules)
+    return any(not kind.__module__.startswith(libraries) for kind in {type(m) for m in modules})
 
 
 def batch_size(args: tuple, kwargs: dict) -> int:
@@ -105,10 +108,10 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
+def evaluating(modules: Iterable[nn.Module], training: bool = False) -> Iterator[None]:
     """Eval (or train) mode; modes and random state are restored afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    tensors = named_tensors(model) if torch.cuda.is_initialized() else ()
+    modes = [(module, module.training) for module in modules]
+    tensors = tensors_of(("", m) for m, _ in modes) if torch.cuda.is_initialized() else ()
     devices = {t.device for _, t in tensors if t.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
         try:
@@ -120,8 +123,10 @@ def evaluating(model: nn.Module, training: bool = False) -> Iterator[None]:
 
 def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
     for module, training in modes:
-        if module.training is not training:  # modules are slow to write to
-            module.training = training
+        if module.training is not training:
+            # A module's own way looks for parameters first.
+            plain = type(module).__setattr__ is nn.Module.__setattr__
+            (object.__setattr__ if plain else setattr)(module, "training", training)
 
 
 def eager() -> contextlib.AbstractContextManager:
@@ -146,22 +151,22 @@ _HOOKS = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}
 
 
 @contextlib.contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
     """What forward writes into its modules (a cache, a counter) is undone."""
-    kept = []
-    for module in model.modules():
+    kept, inner = [], []
+    for module in modules:
         state = vars(module)
-        own = [state[k] for k in state.keys() - _HOOKS]
-        inner = [(v, v.copy()) for v in own if isinstance(v, (dict, list, set))]
-        kept.append((state, state.copy(), inner))
+        kept.append((state, state.copy()))
+        for key in state.keys() - _HOOKS:
+            if isinstance(value := state[key], (dict, list, set)):
+                inner.append((value, value.copy()))
     try:
         yield
     finally:
-        for state, before, inner in kept:
-            same = map(operator.is_, state.values(), before.values())
-            if state.keys() != before.keys() or not all(same):
-                state.clear()
-                state.update(before)
-            for value, was in inner:
-                value.clear()
-                value.extend(was) if isinstance(value, list) else value.update(was)
+        for state, before in kept:
+            state.update(before)  # sooner done than compared
+            for key in state.keys() - before.keys() if len(state) > len(before) else ():
+                del state[key]
+        for value, was in inner:
+            value.clear()
+            value.extend(was) if isinstance(value, list) else value.update(was)

@@ -21,21 +21,27 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
         tensors = [a for a in args if isinstance(a, Tensor)]
         found = [t.labels(x) for x in tensors]
         labels = [m for ms in found for m in ms]
+        scalars = numbers(args)
         out = out[0] if isinstance(out, tuple) else out
         if not labels:
-            if numbers(args):
-                t.record((), numbers(args))
+            if scalars:
+                t.record((), scalars)
             if inplace:
                 t.set(out, ())
             t.blank(out, bool(tensors) and all(map(t.is_blank, tensors)))
             return
-        t.record(labels, numbers(args))
+        t.record(labels, scalars)
         t.expose(labels)
-        pole = _pole(op, args)
-        if isinstance(pole, Tensor):  # whatever is made of it: 0 times infinity is not zero
-            t.pin([m for m in t.labels(pole) if m.clean], "infinite at zero")
+        if op in _POLES:
+            pole = _POLES[op](args)
+            if isinstance(pole, Tensor):  # whatever is made of it: 0 times infinity is not zero
+                t.pin([m for m in t.labels(pole) if m.clean], "infinite at zero")
         if len(tensors) == 1:
             result = [Labels(m.ids, m.axes, zero([m.clean], args)) for m in labels]
+        elif len(args) == 2 and _alike(found):
+            (a,), (b,) = found
+            t.unite(b.ids, a.ids)
+            result = [Labels(a.ids, a.axes, zero([a.clean, b.clean], args))]
         else:
             result = _merge(t, tensors, found, out, lambda flags: zero(flags, args), args)
         if op in _FACTORS and not t.given and any(m.clean for m in result):
@@ -46,20 +52,18 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
     return apply
 
 
-def _pole(op: str, args: Sequence[Any]) -> Any:
-    """The operand at whose zero the operation is infinite or undefined."""
-    if op in ("div", "remainder", "fmod"):
-        return args[1]
-    if op == "addcdiv":
-        return args[2]
-    negative = op == "pow" and isinstance(args[1], (int, float)) and args[1] < 0
-    return args[0] if negative or op in INFINITE_AT_ZERO else None
+def _alike(found: list[tuple[Labels, ...]]) -> bool:
+    """Do two tensors hold one channel per element, along the same axes? Nearly all do."""
+    a, b = found
+    if len(a) != 1 or len(b) != 1 or a[0].axes != b[0].axes:
+        return False
+    return a[0].ids.shape == b[0].ids.shape
 
 
 def _unbounded(t: Tracer, op: str, args: Sequence[Any], kwargs: Any) -> bool:
     """Is a factor infinite, or a divisor of no channels zero? Of what is clean there is no need to
     ask, unless it is a parameter."""
-    pole = _pole(op, args)
+    pole: Any = _POLES[op](args) if op in _POLES else None
     for x in (*args, *kwargs.values()):
         if not isinstance(x, Tensor):
             if (isinstance(x, float) and not math.isfinite(x)) or (x is pole and x == 0):
@@ -181,6 +185,11 @@ def _between(flags: list[bool], args: Any) -> bool:
     return len(flags) > 1 and flags[0] and flags[1]
 
 
+def _of_power(args: Any) -> Any:
+    negative = isinstance(args[1], (int, float)) and args[1] < 0
+    return args[0] if negative else None
+
+
 def _divide(flags: list[bool], args: Any) -> bool:
     return isinstance(args[0], Tensor) and flags[0] and not any(flags[1:])  # 0 / 0 is not zero
 
@@ -193,6 +202,14 @@ NOT_ZERO_AT_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp exp2 cos cosh
 le gt lt logical_not isnan isfinite isinf bitwise_and bitwise_or bitwise_not atan2"""
 _FACTORS = ("mul", "div", "remainder", "fmod", "addcmul", "addcdiv", "lerp")
 INFINITE_AT_ZERO = ("log", "log2", "log10", "rsqrt", "reciprocal", "lgamma", "digamma")
+
+_POLES: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("div", "remainder", "fmod"), lambda args: args[1]),
+    **dict.fromkeys(INFINITE_AT_ZERO, lambda args: args[0]),
+    "addcdiv": lambda args: args[2],
+    "pow": _of_power,
+}
+"""The operand at whose zero the operation is infinite or undefined."""
 
 RULES: dict[str, Rule] = {}
 RULES.update(dict.fromkeys(ZERO_AT_ZERO.split(), pointwise(_first)))

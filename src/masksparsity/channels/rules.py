@@ -48,7 +48,7 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
     into, outof = (0, 1) if transposed else (1, 0)
     shape = weight.shape
     ids, seen = t.consume(x, 1, _ELSEWHERE)
-    t.record([seen] if seen else [], [args[3:8], *([] if seen else [x.shape[1]])])
+    t.record((seen,) if seen else (), (args[3:8],) if seen else (args[3:8], x.shape[1]))
     inputs = ids  # of one group
     if groups > 1:
         inputs = ids.view(groups, -1)[0] if shape[1] > 1 else torch.zeros(1, dtype=torch.int64)
@@ -57,15 +57,16 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
         t.meet(weight, into, ids)  # [I, O/g, ...]: each index of the input axis is one channel
         per_group, sources, clean = t.out_ids(weight, outof)
         outputs = per_group.repeat(groups)
-        _tie_groups(t, ids, groups)
+        if groups > 1:
+            _tie_groups(t, groups, ids)
     else:
         outputs, sources, clean = t.out_ids(weight, outof)
         if shape[1] == 1 and groups > 1:  # depthwise: an input owns its outputs
             t.unite(outputs.view(groups, -1), ids.view(groups, 1))
         else:
             t.meet(weight, into, inputs)
-            _tie_groups(t, ids, groups)
-            _tie_groups(t, outputs, groups)
+            if groups > 1:
+                _tie_groups(t, groups, ids, outputs)
     _read_by(t, weight, into, ids)
     known = sources or outputs.any()
     if bias is not None:
@@ -87,9 +88,9 @@ def _read_by(t: Tracer, weight: Tensor, into: int, ids: Tensor) -> None:
         t.swallowed.append(ids)
 
 
-def _tie_groups(t: Tracer, ids: Tensor, groups: int) -> None:
+def _tie_groups(t: Tracer, groups: int, *arrays: Tensor) -> None:
     """Groups stay equal: position j of every group lives and dies together."""
-    if groups > 1:
+    for ids in arrays:
         rows = ids.view(groups, -1)
         t.unite(rows, rows[:1])
 
@@ -216,7 +217,7 @@ def _channels(t: Tracer, ids: Tensor, ndim: int, clean: bool, sources: frozenset
 def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
     x, weight, bias, *statistics = args[:5]
     ids, seen = t.read(x, 1, "normalised over channels")
-    t.record([seen] if seen else [])
+    t.record((seen,) if seen else ())
     for tensor in (weight, bias, *statistics):
         if isinstance(tensor, Tensor):
             t.meet(tensor, 0, ids)
@@ -230,8 +231,8 @@ def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
         t.expose([seen])
     t.producers |= sources
     name = t.names.get(id(weight))
-    if name is not None:
-        t.norms.setdefault(name, Norm(t.module, name, t.names.get(id(bias))))
+    if name is not None and name not in t.norms:
+        t.norms[name] = Norm(t.module, name, t.names.get(id(bias)))
     makers = [n for n, _ in seen.sources if (n, 1) in t.consumers]
     if len(makers) == 1 and statistics[0] is not None and id(statistics[0]) in t.names:
         t.behind[makers[0]] = t.names[id(statistics[0])]

@@ -5,11 +5,12 @@ pattern, and the components of a pattern are the units of a group.
 """
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import constraints as limits
 from .cost import Layer
@@ -24,7 +25,6 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
     tracer.pins.append((met, Reason("meets a tensor whose channels are unknown", "", "")))
     pieces = limits.equal_pieces(tracer.cuts, tracer.modules)
     limits.protect_pieces(tracer, pieces, component)
-    tensors = tracer.tensors
     axes = _Axes(tracer, component)
     consumed = torch.cat([axes.consumed(tracer.consumers), component[_cat(tracer.swallowed)]])
     reasons, verdict = _verdict(tracer, component, consumed)
@@ -37,8 +37,9 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
     arrays = axes.arrays
     seen = [ids for p in tracer.products for ids in (p.outputs, p.inputs)]
     seen += [ids for cut in tracer.cuts for ids in (cut.whole, *cut.pieces)]
-    number = {id(ids): arrays.add(tracer.flats.get(id(ids), ids)) for ids in seen}
-    mapped = unit[component[_cat(arrays.flat)]].split(arrays.lengths().tolist())
+    flats = {id(ids): tracer.flats.get(id(ids), ids) for ids in seen}
+    number = dict(zip(flats, arrays.add(flats.values()), strict=True))
+    mapped = unit[component[arrays.joined()]].split(arrays.lengths())
     units_of = {key: mapped[k] for key, k in number.items()}
     slots = {slot: mapped[k] for slot, k in zip(axes.slots, axes.array, strict=True)}
 
@@ -73,8 +74,8 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
             for p in tracer.products
         ),
         modules={name: type(module) for name, module in tracer.modules.items()},
-        shapes={name: tensor.shape for name, tensor in tensors.items()},
-        parameters=frozenset(n for n, t in tensors.items() if isinstance(t, nn.Parameter)),
+        shapes=tracer.shapes,
+        parameters=frozenset(tracer.parameters),
         unused=tracer.untouched(),
         example=example,
         rules=tracer.rules,
@@ -89,17 +90,18 @@ class _Axes:
     """
 
     def __init__(self, tracer: Tracer, component: Tensor):
-        every = ((name, k) for name, tensor in tracer.tensors.items() for k in range(tensor.ndim))
+        every = ((name, k) for name, shape in tracer.shapes.items() for k in range(len(shape)))
         self.slots = [slot for slot in every if slot in tracer.slots]
         self.arrays = _Arrays()
-        self.array = [self.arrays.add(tracer.slots[slot]) for slot in self.slots]
+        self.array = self.arrays.add(tracer.slots[slot] for slot in self.slots)
         self.sharing: list[list[int]] = [[] for _ in self.arrays.flat]
         for k, array in enumerate(self.array):
             self.sharing[array].append(k)
-        self.entries = component[_cat(self.arrays.flat)]
-        self.lengths = self.arrays.lengths()
+        self.arrays_of = torch.tensor(self.array, dtype=torch.int64)
+        self.entries = component[self.arrays.joined()]
+        lengths = self.arrays.lengths()
+        self.lengths = torch.tensor(lengths, dtype=torch.int64)
         self.array_of = torch.repeat_interleave(torch.arange(len(self.sharing)), self.lengths)
-        lengths = self.lengths.tolist()
         *self.begins, self.total = accumulate((lengths[k] for k in self.array), initial=0)
 
     def consumed(self, consumers: set[Slot]) -> Tensor:
@@ -116,7 +118,7 @@ class _Axes:
         hashes = torch.randint(-(2**62), 2**62, size, generator=generator)
         why = hashes[len(self.slots) :][verdict + 1]
         per_array = torch.zeros_like(self.lengths).index_add(
-            0, torch.tensor(self.array).long(), hashes[: len(self.slots)]
+            0, self.arrays_of, hashes[: len(self.slots)]
         )
         return why.index_add(0, self.entries, per_array[self.array_of])
 
@@ -131,7 +133,7 @@ class _Axes:
             ]
         ).long()
         begin = torch.full_like(self.lengths, never).scatter_reduce(
-            0, torch.tensor(self.array).long(), begin, "amin"
+            0, self.arrays_of, begin, "amin"
         )
         within = self.lengths.cumsum(0) - self.lengths
         rank = (begin - within)[self.array_of] + torch.arange(len(self.entries))
@@ -174,22 +176,23 @@ def _groups(
     scaled_by = {norm.weight: norm.module for norm in tracer.norms.values()}
     groups: list[ChannelGroup] = []
     taken: set[str] = set()
-    start = 0
-    for size, numbers in zip(sizes.tolist(), parts[:-1], strict=True):
+    firsts = sizes.cumsum(0) - sizes
+    found = zip(sizes.tolist(), firsts.tolist(), leader[firsts].tolist(), why[firsts].tolist(),
+                parts[:-1], strict=True)  # fmt: skip
+    for size, start, first, reason, numbers in found:
         part = [axes.slots[k] for k in sorted(numbers)]
-        maker, _ = axes.slots[bisect_right(axes.begins, int(leader[start]) % axes.total) - 1]
+        maker, _ = axes.slots[bisect_right(axes.begins, first % axes.total) - 1]
         module, _, _ = maker.rpartition(".")
         groups.append(
             ChannelGroup(
                 name=_unique(module or maker, taken),
                 size=size,
                 start=start,
-                reason=reasons[why[start]],  # the last one, None, for -1
+                reason=reasons[reason],  # the last one, None, for -1
                 scales=tuple(scaled_by[name] for name, _ in part if name in scaled_by),
                 slots={slot: slots[slot] for slot in part},
             )
         )
-        start += size
     return tuple(groups)
 
 
@@ -199,7 +202,7 @@ def _components(count: int, edges: list[tuple[Tensor, Tensor]]) -> tuple[Tensor,
     label = torch.arange(count)
     if not edges:
         return label, label[:0]
-    pairs = [torch.broadcast_tensors(a, b) for a, b in edges]
+    pairs = [(a, b) if a.shape == b.shape else torch.broadcast_tensors(a, b) for a, b in edges]
     a = torch.cat([x.reshape(-1) for x, _ in pairs])
     b = torch.cat([y.reshape(-1) for _, y in pairs])
     known = (a != ANONYMOUS) & (b != ANONYMOUS)
@@ -241,14 +244,21 @@ class _Arrays:
         self.flat: list[Tensor] = []
         self.numbers: dict[int, int] = {}  # the tracer keeps the tensors, and so their ids
 
-    def add(self, ids: Tensor) -> int:
-        number = self.numbers.setdefault(id(ids), len(self.flat))
-        if number == len(self.flat):
-            self.flat.append(ids.reshape(-1))
-        return number
+    def add(self, arrays: Iterable[Tensor]) -> list[int]:
+        """The number of each array."""
+        result = []
+        for ids in arrays:
+            number = self.numbers.setdefault(id(ids), len(self.flat))
+            if number == len(self.flat):
+                self.flat.append(ids.reshape(-1))
+            result.append(number)
+        return result
 
-    def lengths(self) -> Tensor:
-        return torch.tensor([len(ids) for ids in self.flat], dtype=torch.int64)
+    def joined(self) -> Tensor:
+        return torch.cat([torch.zeros(0, dtype=torch.int64), *self.flat])
+
+    def lengths(self) -> list[int]:
+        return [ids.numel() for ids in self.flat]
 
 
 def _cat(parts: list[Tensor]) -> Tensor:

@@ -137,7 +137,7 @@ def _outputs(net: nn.Module, graph: ChannelGraph) -> list[Tensor]:
         return x + torch.randn(x.shape, generator=generator).to(x)
 
     args, kwargs = tree_map(noisy, like(graph.example, net))
-    with evaluating(net), torch.no_grad():
+    with evaluating(net.modules()), torch.no_grad():
         return list(tensors_in(net(*args, **kwargs)))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .labels import ANONYMOUS, NOTHING, Cut, Labels, Norm, Product, Reason, Record, Slot
-from .network import named_tensors, tensors_in
+from .network import tensors_in, tensors_of
 
 _LABELS, _VIEWED = "_masksparsity_labels", "_masksparsity_viewed"
 _BLANK = "_masksparsity_blank"
@@ -37,9 +37,12 @@ class Tracer:
     ):
         self.rules = rules
         self.modules = dict(model.named_modules())
-        self.tensors = dict(named_tensors(model))
+        self.tensors = dict(tensors_of(self.modules.items()))
+        kinds = [(n, t) for n, t in self.tensors.items() if type(t) is not Tensor]  # soon told
+        self.parameters = [n for n, t in kinds if isinstance(t, nn.Parameter)]
+        self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         self.names = {id(tensor): name for name, tensor in self.tensors.items()}
-        self.paths: dict[int, str] = {id(module): name for name, module in self.modules.items()}
+        self.paths = {id(module): name for name, module in self.modules.items()}
         self.operation = ""
         self.stack: list[str] = [""]
         self.failed: str | None = None  # the module whose forward raised
@@ -49,7 +52,7 @@ class Tracer:
         self._placed: dict[tuple[int, int, int], Tensor] = {}
         self.flats: dict[int, Tensor] = {}
         # Labels of all filters, made in one go: many small tensors take time.
-        sizes = {(n, 0): t.shape[0] for n, t in self.tensors.items() if t.ndim > 1}
+        sizes = {(n, 0): shape[0] for n, shape in self.shapes.items() if len(shape) > 1}
         self.count = ANONYMOUS + 1 + sum(sizes.values())
         fresh, lengths = torch.arange(ANONYMOUS + 1, self.count), [*sizes.values()]
         self.fresh = dict(zip(sizes, fresh.split(lengths), strict=True))
@@ -90,7 +93,7 @@ class Tracer:
                 Labels(self.along(self.slot(name, axis, size), axis, tensor.ndim),
                        frozenset({axis}), True, frozenset({(name, axis)}))
                 for axis, size in enumerate(tensor.shape)
-                if self._labelled(name, tensor, axis)
+                if self._labelled((name, axis))
             )  # fmt: skip
         return self._own[name]
 
@@ -164,14 +167,15 @@ class Tracer:
     def expose(self, labels: Iterable[Labels]) -> None:
         """Something other than a norm reads these: they are zero only if their producers are."""
         for m in labels:
-            self.exposed |= m.sources
-            self.producers |= m.sources
+            if m.sources:
+                self.exposed |= m.sources
+                self.producers |= m.sources
 
     def record(self, labels: Iterable[Labels], scalars: Iterable[Any] = ()) -> None:
         labels = tuple(labels)
         ids = tuple([m.ids for m in labels])
         shapes = tuple([m.ids.shape if len(m.axes) > 1 else None for m in labels])
-        self.records.append(Record(self.operation, self.module, ids, tuple(scalars), shapes))
+        self.records.append(Record(self.operation, self.stack[-1], ids, tuple(scalars), shapes))
 
     def read(
         self, tensor: Tensor, axis: int, elsewhere: str | None = None
@@ -184,6 +188,8 @@ class Tracer:
         """
         axis %= tensor.ndim
         found = self.labels(tensor)
+        if len(found) == 1 and len(found[0].axes) == 1 and axis in found[0].axes:
+            return self.flat(found[0].ids, axis), found[0]  # nearly always
         along = [m for m in found if axis in m.axes]
         if not along and self.given and tensor.shape[axis] == 1 and len(found) == 1:
             (m,) = found  # a lone channel that a view has laid along the batch
@@ -217,7 +223,6 @@ class Tracer:
 
     def _sum(self, m: Labels) -> None:
         self.expose([m])
-        self.producers |= m.sources
         if not m.clean:
             self.pin(m.ids, "zero does not stay zero on the way here")
 
@@ -228,10 +233,13 @@ class Tracer:
         name = self.names.get(id(tensor))
         if name is None:
             self.unite(self.read(tensor, axis)[0], ids)
-        elif (name, axis) in self.slots:
-            self.unite(self.slots[name, axis], ids)
-        elif self._labelled(name, tensor, axis):
-            self.slots[name, axis] = ids
+            return
+        slot = (name, axis)
+        own = self.slots.get(slot)
+        if own is None and self._labelled(slot):
+            self.slots[slot] = ids
+        elif own is not None:
+            self.unite(own, ids)
 
     def out_ids(self, tensor: Tensor, axis: int) -> tuple[Tensor, frozenset[Slot], bool]:
         """The ids that a weight hands out along its output axis, the slots behind them, and
@@ -240,7 +248,7 @@ class Tracer:
         if name is None:
             ids, m = self.read(tensor, axis)
             return (ids, m.sources, m.clean) if m else (ids, NOTHING, True)
-        if not self._labelled(name, tensor, axis):
+        if not self._labelled((name, axis)):
             return torch.zeros(tensor.shape[axis], dtype=torch.int64), NOTHING, True
         return self.slot(name, axis, tensor.shape[axis]), frozenset({(name, axis)}), True
 
@@ -291,19 +299,18 @@ class Tracer:
             if hasattr(tensor, key):
                 delattr(tensor, key)
 
-    def _labelled(self, name: str, tensor: Tensor, axis: int) -> bool:
+    def _labelled(self, slot: Slot) -> bool:
         # Of weights with a kernel only the two channel axes; an axis of size 1 broadcasts.
         if self.given:
-            return (name, axis) in self.slots
-        return (
-            tensor.is_floating_point() and tensor.shape[axis] > 1 and (axis < 2 or tensor.ndim == 3)
-        )
+            return slot in self.slots
+        name, axis = slot
+        tensor, shape = self.tensors[name], self.shapes[name]
+        return shape[axis] > 1 and (axis < 2 or len(shape) == 3) and tensor.is_floating_point()
 
     def untouched(self) -> tuple[str, ...]:
         """The parameters that no operation used."""
         used = self.touched | self._own.keys()
-        rest = (n for n, t in self.tensors.items() if isinstance(t, nn.Parameter))
-        return tuple([n for n in rest if n not in used])
+        return tuple([n for n in self.parameters if n not in used])
 
 
 def numbers(args: Iterable[Any]) -> tuple[Any, ...]:
