@@ -140,6 +140,9 @@ OPERATIONS = {
     "squeeze_": lambda x: (
         x * F.linear(x.mean((2, 3))[:, None].squeeze_(1), torch.eye(8).to(x))[:, :, None, None]
     ),
+    "pairs apart": lambda x: (
+        x.reshape(len(x), -1, 2, 8, 8).transpose(1, 2).reshape(len(x), -1, 8, 8)
+    ),
     "gate sum": lambda x: x * torch.sigmoid(x.sum(1, keepdim=True)),
     "max c": lambda x: x * torch.sigmoid(x.amax(1, keepdim=True)),
 }
