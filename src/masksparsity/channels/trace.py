@@ -252,6 +252,13 @@ class Tracer:
             return torch.zeros(tensor.shape[axis], dtype=torch.int64), NOTHING, True
         return self.slot(name, axis, tensor.shape[axis]), frozenset({(name, axis)}), True
 
+    def is_clean(self, tensor: Tensor | None, axis: int) -> bool:
+        """Is a weight or bias zero along an axis wherever its producers are? One that is computed
+        need not be."""
+        if tensor is None or id(tensor) in self.names:
+            return True
+        return all(m.clean for m in self.labels(tensor) if axis in m.axes)
+
     def in_slots(self, tensor: Tensor | None, axis: int) -> frozenset[Slot]:
         if tensor is None:
             return NOTHING
