@@ -199,13 +199,21 @@ def test_other_settings_are_refused_and_fresh_does_again_what_depends_on_them(
 def test_settings_that_change_no_number_may_change(whole: Path) -> None:
     config = tiny()
     other = replace(config, data=replace(config.data, workers=7), threads=2, recipe="other name")
+    before = recorded(whole)
     run(Workspace(other, whole))
+    assert recorded(whole) == before  # seconds, too: nothing was done again
+
+
+def recorded(out: Path) -> dict[str, str]:
+    return {path.parent.name: path.read_text() for path in out.glob("*/result.json")}
 
 
 def test_settings_of_later_stages_do_not_matter_to_earlier_ones(whole: Path) -> None:
     config = tiny()
     other = replace(config, finetune=replace(config.finetune, lr=1))
+    before = recorded(whole)
     execute(Workspace(other, whole), "prune")
+    assert recorded(whole) == before
 
 
 def test_a_given_mask_needs_no_sparsify(whole: Path, tmp_path: Path) -> None:

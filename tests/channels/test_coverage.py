@@ -143,21 +143,24 @@ EXACT = {
 }  # fmt: skip
 
 
-def outcome(model: nn.Module, seeds: int = 3, repaired: bool = True) -> ms.ChannelGraph:
+def outcome(model: nn.Module, seeds: int = 3) -> ms.ChannelGraph:
     """Trace, and compare pruned with masked under some masks."""
     graph = ms.trace(model, X)
     for seed in range(seeds):
-        keep = random_mask(graph, seed)
-        keep = keep.repaired() if repaired else keep
-        masked = ms.apply_mask(model, graph, keep)
-        try:
-            slim = ms.prune(model, graph, keep)
-        except ms.MaskSparsityError:
-            assert not repaired
-            continue
-        with torch.no_grad():
-            torch.testing.assert_close(slim(X), masked(X), rtol=0, atol=1e-11)
+        assert exact(model, graph, random_mask(graph, seed).repaired())
     return graph
+
+
+def exact(model: nn.Module, graph: ms.ChannelGraph, keep: ms.KeepMask) -> bool:
+    """Does pruned compute what masked computes? False if the mask is refused."""
+    masked = ms.apply_mask(model, graph, keep)
+    try:
+        slim = ms.prune(model, graph, keep)
+    except ms.MaskSparsityError:
+        return False
+    with torch.no_grad():
+        torch.testing.assert_close(slim(X), masked(X), rtol=0, atol=1e-11)
+    return True
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -175,7 +178,12 @@ def test_blocks_prune_exactly(name, tmp_path):
 @pytest.mark.parametrize("name", EXACT)
 def test_masks_that_break_constraints_are_refused_never_wrong(name):
     build, into = EXACT[name]
-    outcome(calibrated(Net(build(), into=into), X), seeds=12, repaired=False)
+    model = calibrated(Net(build(), into=into), X)
+    graph = ms.trace(model, X)
+    for seed in range(12):
+        keep = random_mask(graph, seed)
+        fits = all(pieces.satisfied(keep.units) for pieces in graph.constraints)
+        assert exact(model, graph, keep) or not fits
 
 
 PROTECTED = {
@@ -220,12 +228,14 @@ def test_a_constant_that_is_learnt_is_no_input_that_vanishes():
         def forward(self, x):
             return x + self.conv(self.start.expand(len(x), -1, -1, -1))
 
-    outcome(calibrated(Net(Constant()), X))
+    graph = outcome(calibrated(Net(Constant()), X))
+    assert ("block.start", 1) in graph.producers
 
 
 def test_weights_that_are_computed_may_not_vanish():
     squashed = Call(lambda m, x: F.conv2d(x, torch.sigmoid(m.c.weight)), c=conv(16, 16))
-    outcome(calibrated(Net(nn.Sequential(squashed, nn.ReLU(), conv(16, 16))), X))
+    graph = outcome(calibrated(Net(nn.Sequential(squashed, nn.ReLU(), conv(16, 16))), X))
+    assert "zero does not stay zero" in str(graph.by_name["block.0.c"].reason)
 
 
 def test_auxiliary_heads_shrink_with_the_trunk():
@@ -266,6 +276,17 @@ def test_selectors_respect_equal_pieces():
     with pytest.raises(ms.MaskSparsityError, match=r"in block takes pieces .* \[5, 8\] of 8"):
         ms.prune(model, graph, keep)
     assert ms.prune(model, graph, keep.repaired())
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_repaired_mask_is_one_that_prunes(name):
+    """What comes back because the network needs it may have to be as long as other pieces."""
+    build, into = EXACT[name]
+    graph = ms.trace(calibrated(Net(build(), into=into), X), X)
+    for seed in range(8):
+        keep = random_mask(graph, seed, empty=0.7)
+        assert all(pieces.satisfied(keep.units) for pieces in graph.constraints)
+        assert not graph.branches.missed(keep.kept).any()
 
 
 def test_forward_may_cache_and_count():

@@ -55,6 +55,9 @@ PARAMETERS = {
         p=row(5, 8),
     ),
     "write to .data": lambda: Middle(lambda s, x: (x.data.add_(1), x)[1]),
+    "write with out=": lambda: Middle(
+        lambda s, x: (torch.add(x.mean((0, 2, 3)), 1, out=s.p), x - s.p[:, None, None])[1], p=row(8)
+    ),
     "write to detached": lambda: Middle(lambda s, x: (x.detach().add_(1), x)[1]),
 }
 
@@ -79,6 +82,61 @@ def test_parameters_on_their_way_are_producers(name):
             assert _distance(masked(x), slim(x)) <= TOLERANCE
     assert ms.scores.norm(model, graph).keys() <= {g.name for g in graph.prunable}
     assert name.startswith("write") or graph.prunable
+
+
+COMPUTED = {
+    "scale of a norm": lambda: Middle(
+        lambda s, x: F.batch_norm(x, s.n.running_mean, s.n.running_var, 1 + s.p, s.q),
+        n=nn.BatchNorm2d(8, affine=False), p=row(8), q=row(8),
+    ),
+    "shift of a norm": lambda: Middle(
+        lambda s, x: F.batch_norm(x, None, None, s.p, s.q.exp(), True), p=row(8), q=row(8)
+    ),
+    "scale of groups": lambda: Middle(lambda s, x: F.group_norm(x, 4, s.p, s.p + 1), p=row(8)),
+    "bias": lambda: Middle(lambda s, x: F.conv2d(x, s.w, s.p.exp()), w=row(8, 8, 1, 1), p=row(8)),
+    "bias of a product": lambda: Middle(
+        lambda s, x: F.linear(x.permute(0, 2, 3, 1).flatten(0, 2), s.w, s.p.exp())
+        .view(len(x), *x.shape[2:], -1)
+        .permute(0, 3, 1, 2),
+        w=row(8, 8), p=row(8),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_what_is_computed_beside_a_weight_may_not_vanish(name):
+    x = torch.randn(2, 3, 6, 6, dtype=torch.double)
+    model = COMPUTED[name]().double().eval()
+    graph = ms.trace(model, x)
+    (read,) = (g for g in graph.groups if ("b.weight", 1) in g.slots)
+    assert "zero does not stay zero" in str(read.reason)
+    _exact(model, x, graph)
+
+
+WRITES = {
+    "in place": lambda w: w.div_(2),
+    "a part": lambda w: w[0].zero_(),
+    "the data": lambda w: w.data.mul_(2),
+    "other data": lambda w: setattr(w, "data", w * 2),
+    "detached": lambda w: w.detach().fill_(1),
+    "out=": lambda w: torch.add(w, 1, out=w),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_what_forward_writes_to_parameters_is_undone(name):
+    def write(s: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            WRITES[name](s.b.weight)
+        return x
+
+    model = Middle(write)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    where = model.b.weight.data_ptr()
+    ms.trace(model, torch.randn(2, 3, 4, 4))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert model.b.weight.data_ptr() == where
 
 
 @dataclass

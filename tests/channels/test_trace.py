@@ -261,7 +261,8 @@ def test_importing_the_package_needs_torch_and_safetensors_only():
         "    sys.modules[name] = None\n"
         "import masksparsity"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("model", [nn.ReLU(), nn.Conv2d(3, 1, 1)], ids=["nothing", "one channel"])

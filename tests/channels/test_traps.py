@@ -1,5 +1,7 @@
 """Operations that people write between two layers: followed exactly, refused or protected."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -125,9 +127,34 @@ OPERATIONS = {
     "x rsqrt x": lambda x: (x * x.abs().rsqrt()).nan_to_num(5.0),
     "x / x": lambda x: (x / x).nan_to_num(5.0),
     "remainder": lambda x: torch.remainder(x, x.abs()).nan_to_num(5.0),
+    "times infinity": lambda x: (x * torch.tensor(math.inf)).nan_to_num(5.0, 0.0, 0.0),
+    "times an infinite number": lambda x: (x * math.inf).nan_to_num(5.0, 0.0, 0.0),
+    "times log 0": lambda x: (x * x.new_zeros(1).log()).nan_to_num(5.0, 0.0, 0.0),
+    "over zero": lambda x: (x / x.new_zeros(1)).nan_to_num(5.0, 0.0, 0.0),
+    "over the number 0": lambda x: (x / 0.0).nan_to_num(5.0, 0.0, 0.0),
+    "least length": lambda x: x / (1 + x.norm(p=-math.inf, dim=1, keepdim=True)),
+    "harmonic length": lambda x: x / (1 + x.norm(p=-1, dim=1, keepdim=True)),
+    "out=": lambda x: _written(x, lambda y: torch.sigmoid(x, out=y))[1],
+    ".data =": lambda x: _written(x, lambda y: setattr(y, "data", x.sigmoid()))[0],
+    "unsqueeze_": lambda x: x * x.mean((2, 3)).sigmoid().unsqueeze_(-1).unsqueeze_(-1),
+    "squeeze_": lambda x: (
+        x * F.linear(x.mean((2, 3))[:, None].squeeze_(1), torch.eye(8).to(x))[:, :, None, None]
+    ),
+    "long list": lambda x: x * torch.tensor([float(x.shape[1])] * 65, dtype=x.dtype)[:1],
+    "pairs apart": lambda x: (
+        x.reshape(len(x), -1, 2, 8, 8).transpose(1, 2).reshape(len(x), -1, 8, 8)
+    ),
     "gate sum": lambda x: x * torch.sigmoid(x.sum(1, keepdim=True)),
     "max c": lambda x: x * torch.sigmoid(x.amax(1, keepdim=True)),
 }
+
+
+def _written(x, write):
+    """A tensor that is overwritten, and a view of it that was taken before."""
+    y = x * 1
+    view = y.flatten(2)
+    write(y)
+    return y, view.view_as(x)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

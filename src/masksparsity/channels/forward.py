@@ -1,9 +1,10 @@
 """Run a network once on channel labels: every ATen call is seen with its real arguments."""
 
+import contextlib
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -25,7 +26,7 @@ class Operations(TorchDispatchMode):
     def __init__(self, tracer: Tracer):
         super().__init__()
         self.tracer = tracer
-        self._known: dict[int, tuple[Rule | None, str, bool]] = {}
+        self._known: dict[int, tuple[Rule | None, str, bool, bool]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -36,7 +37,8 @@ class Operations(TorchDispatchMode):
         known = self._known.get(id(func))  # its own hash takes time
         if known is None:
             known = self._known[id(func)] = self._look_up(func)
-        rule, operation, inplace = known
+        rule, operation, inplace, writes = known
+        given = self._before(func, args, kwargs) if writes else args
         try:
             out = func(*args, **kwargs)
         except Exception as error:
@@ -44,23 +46,39 @@ class Operations(TorchDispatchMode):
             raise
         tracer.operation = operation
         if rule is None:
-            tracer.unknown(args, kwargs, out)
+            tracer.unknown(given, kwargs, out)
         else:
-            rule(tracer, operation, args, kwargs, out, inplace)
+            rule(tracer, operation, given, kwargs, out, inplace)
         return out
 
-    def _look_up(self, func: Any) -> tuple[Rule | None, str, bool]:
+    def _before(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operation is about to write, or to hand out an alias: keep what may be overwritten of
+        the model's own, and what its rule has to know of a tensor that changes shape in place."""
+        for x in (*args[:1], *kwargs.values()):
+            if isinstance(x, Tensor):
+                self.tracer.spare(x if x._base is None else x._base)
+        if torch.Tag.inplace_view not in func.tags:
+            return args
+        before = args[0].detach()
+        self.tracer.set(before, self.tracer.labels(args[0]))
+        return before, *args[1:]
+
+    def _look_up(self, func: Any) -> tuple[Rule | None, str, bool, bool]:
         name = func._schema.name
         inplace = func._schema.is_mutable and name.endswith("_") and not name.endswith("__")
         base = name.removeprefix("aten::")
         base = base[:-1] if inplace else base
-        writes_elsewhere = func._schema.is_mutable and not inplace and base not in self.tracer.rules
-        return None if writes_elsewhere else self.tracer.rules.get(base), base, inplace
+        rule, mutable = self.tracer.rules.get(base), func._schema.is_mutable
+        if any(a.is_out for a in func._schema.arguments):  # `out=`: others may view it
+            rule = None
+        writes = mutable or base in ("detach", "alias")  # which may be written to later
+        return rule, base, inplace, writes
 
 
 def run(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, training: bool = False) -> Any:
     """One forward in eval mode without gradients; model, RNG and mode stay as they were."""
     with (
+        contextlib.ExitStack() as stack,
         unchanged(tracer.modules.values()),
         evaluating(tracer.modules.values(), training),
         eager(),
@@ -70,6 +88,7 @@ def run(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, training: b
         fused_attention_off(),
         Operations(tracer),
     ):
+        stack.callback(tracer.restore)
         out = model(*args, **kwargs)
     tracer.operation = "output"
     found = [m for t in tensors_in(out) for m in tracer.labels(t)]

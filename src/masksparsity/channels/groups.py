@@ -95,6 +95,11 @@ class ChannelGraph:
     training: bool
     """Traced in train mode as well, since some parameters are used there only."""
     records: tuple[Record, ...]
+    """What operations read, in labels: several may be of one unit, and their order matters."""
+    labels: Mapping[Slot, Tensor]
+    """(tensor, axis) -> int64 label of every index."""
+    unit_of: Tensor
+    """int64, one per label: its unit, -1 where it belongs to none."""
     layers: tuple[Layer, ...]
     modules: Mapping[str, type]
     shapes: Mapping[str, torch.Size]

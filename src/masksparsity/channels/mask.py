@@ -153,6 +153,7 @@ class KeepMask:
                 group = self.graph.groups[k]
                 span = slice(group.start, group.start + group.size)
                 mask.units[group.start + int(values[span].argmax())] = True
+            mask.units = repair(self.graph.constraints, mask.units, values)
         mask.origin = dict(self.origin)
         return mask
 

@@ -211,12 +211,13 @@ def embedding(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: 
     t.set(out, [m._replace(ids=m.ids.reshape([*before, -1]), axes=last) for m in passing])
 
 
-_FEW = 64  # values of a tensor made in forward that are compared
+_FEW = 64  # values of a tensor made in forward that are compared one by one
 
 
 def lift(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     """`torch.tensor(...)` in forward: its values may follow from a width."""
-    t.record((), out.flatten().tolist() if out.numel() <= _FEW else ())
+    few = out.numel() <= _FEW or out.is_complex()
+    t.record((), out.flatten().tolist() if few else [float(out.double().sum())])
 
 
 def restride(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:

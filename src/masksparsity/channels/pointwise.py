@@ -3,6 +3,7 @@
 What decides whether a channel may go is whether zero stays zero.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,6 +44,9 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
             result = [Labels(a.ids, a.axes, zero([a.clean, b.clean], args))]
         else:
             result = _merge(t, tensors, found, out, lambda flags: zero(flags, args), args)
+        if op in _FACTORS and not t.given and any(m.clean for m in result):
+            bounded = not _unbounded(t, op, args, kwargs)
+            result = [m._replace(clean=m.clean and bounded) for m in result]
         t.set(out, result, inplace)
 
     return apply
@@ -54,6 +58,25 @@ def _alike(found: list[tuple[Labels, ...]]) -> bool:
     if len(a) != 1 or len(b) != 1 or a[0].axes != b[0].axes:
         return False
     return a[0].ids.shape == b[0].ids.shape
+
+
+def _unbounded(t: Tracer, op: str, args: Sequence[Any], kwargs: Any) -> bool:
+    """Is a factor infinite, or a divisor of no channels zero? Of what is clean there is no need to
+    ask, unless it is a parameter."""
+    pole: Any = _POLES[op](args) if op in _POLES else None
+    for x in (*args, *kwargs.values()):
+        if not isinstance(x, Tensor):
+            if (isinstance(x, float) and not math.isfinite(x)) or (x is pole and x == 0):
+                return True
+            continue
+        found = t.labels(x)
+        if found and id(x) not in t.names and all(m.clean for m in found):
+            continue
+        if x.layout != torch.strided or not bool(x.isfinite().all()):
+            return True
+        if x is pole and not found and not bool(x.all()):
+            return True
+    return False
 
 
 def _merge(
@@ -177,6 +200,7 @@ sinh asinh tan frac sgn nan_to_num native_dropout dropout _prelu_kernel prelu
 rrelu_with_noise"""
 NOT_ZERO_AT_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp exp2 cos cosh acos rsub eq ne ge
 le gt lt logical_not isnan isfinite isinf bitwise_and bitwise_or bitwise_not atan2"""
+_FACTORS = ("mul", "div", "remainder", "fmod", "addcmul", "addcdiv", "lerp")
 INFINITE_AT_ZERO = ("log", "log2", "log10", "rsqrt", "reciprocal", "lgamma", "digamma")
 
 _POLES: dict[str, Callable[[Any], Any]] = {

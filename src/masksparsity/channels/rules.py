@@ -72,6 +72,7 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
     if bias is not None:
         t.meet(bias, 0, outputs)
         sources |= t.in_slots(bias, 0)
+        clean = clean and t.is_clean(bias, 0)
     t.producers |= sources
     counted = x if transposed else out  # every input position is spread over the kernel, or read
     positions = counted.numel() / counted.shape[1] * math.prod(shape[2:])
@@ -150,6 +151,7 @@ def _matmul(
     if bias is not None:
         t.meet(bias, 0, outputs)
         sources |= t.in_slots(bias, 0)
+        clean = clean and t.is_clean(bias, 0)
         t.pin(rows, "a bias is added to every row")
     t.producers |= sources.union(*(m.sources for m in rows))
     t.products.append(Product(t.module, out.numel() / out.shape[-1], outputs, ids))
@@ -225,10 +227,12 @@ def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
         t.set(out[0], ())
         return
     if weight is not None:
-        sources, clean = t.in_slots(weight, 0) | t.in_slots(bias, 0), True
+        sources, clean = t.in_slots(weight, 0), t.is_clean(weight, 0)
     else:  # with its own statistics, what is zero everywhere stays zero
         sources, clean = seen.sources, seen.clean and statistics[0] is None
         t.expose([seen])
+    sources |= t.in_slots(bias, 0)
+    clean = clean and t.is_clean(bias, 0)
     t.producers |= sources
     name = t.names.get(id(weight))
     if name is not None and name not in t.norms:
@@ -257,7 +261,9 @@ def group_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
     t.unite(rows, rows[:, :1])
     sources, clean = seen.sources, seen.clean
     if weight is not None:
-        sources, clean = t.in_slots(weight, 0) | t.in_slots(bias, 0), True
+        sources, clean = t.in_slots(weight, 0), t.is_clean(weight, 0)
+    sources |= t.in_slots(bias, 0)
+    clean = clean and t.is_clean(bias, 0)
     t.producers |= sources
     t.set(out[0], [_channels(t, ids, x.ndim, clean, sources)])
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import constraints as limits
 from .cost import Layer
 from .groups import ChannelGraph, ChannelGroup
-from .labels import ANONYMOUS, Reason, Record, Slot
+from .labels import ANONYMOUS, Reason, Slot
 from .trace import Tracer
 
 
@@ -35,8 +35,7 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
 
     # Most operations hand labels on as they are: each array is mapped once, and all in one go.
     arrays = axes.arrays
-    seen = [ids for record in tracer.records for ids in record.ids]
-    seen += [ids for p in tracer.products for ids in (p.outputs, p.inputs)]
+    seen = [ids for p in tracer.products for ids in (p.outputs, p.inputs)]
     seen += [ids for cut in tracer.cuts for ids in (cut.whole, *cut.pieces)]
     flats = {id(ids): tracer.flats.get(id(ids), ids) for ids in seen}
     number = dict(zip(flats, arrays.add(flats.values()), strict=True))
@@ -67,10 +66,9 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
             for c in tracer.cuts
         ),
         training=tracer.trained,
-        records=tuple(
-            Record(operation, module, tuple([units_of[id(i)] for i in ids]), scalars, shapes)
-            for operation, module, ids, scalars, shapes in tracer.records
-        ),
+        records=tuple(tracer.records),
+        labels=dict(tracer.slots),
+        unit_of=unit[component],
         layers=tuple(
             Layer(p.module, p.factor / batch, units_of[id(p.outputs)], units_of[id(p.inputs)])
             for p in tracer.products

@@ -56,7 +56,9 @@ def _reduction(sums: bool, clean: bool = True) -> Rule:
 
     def apply(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
         x, *rest = args
+        adds = sums
         if op == "linalg_vector_norm":
+            adds = not rest or rest[0] >= 0  # with a negative order, what is zero decides alone
             rest = rest[1:]
         dims = rest[0] if rest else kwargs.get("dim")
         dims = [dims] if isinstance(dims, int) else dims or range(x.ndim)
@@ -69,7 +71,7 @@ def _reduction(sums: bool, clean: bool = True) -> Rule:
         for m in found:
             ids, over = m.ids, m.axes & reduced
             if over == m.axes:
-                if sums:
+                if adds:
                     t.swallow(m)
                 else:
                     t.pin(ids, "reduced over channels")

@@ -74,6 +74,7 @@ class Tracer:
         self.touched: set[str] = set()  # names of the tensors that took part
         self.trained = False
         self.token = object()
+        self.spared: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._own: dict[str, tuple[Labels, ...]] = {}
 
     @property
@@ -251,6 +252,13 @@ class Tracer:
             return torch.zeros(tensor.shape[axis], dtype=torch.int64), NOTHING, True
         return self.slot(name, axis, tensor.shape[axis]), frozenset({(name, axis)}), True
 
+    def is_clean(self, tensor: Tensor | None, axis: int) -> bool:
+        """Is a weight or bias zero along an axis wherever its producers are? One that is computed
+        need not be."""
+        if tensor is None or id(tensor) in self.names:
+            return True
+        return all(m.clean for m in self.labels(tensor) if axis in m.axes)
+
     def in_slots(self, tensor: Tensor | None, axis: int) -> frozenset[Slot]:
         if tensor is None:
             return NOTHING
@@ -279,6 +287,18 @@ class Tracer:
         if self.fault[0] is not error:
             flowing = [x for x in tensors_in(args) if id(x) not in self.names]
             self.fault = (error, [m.ids for x in flowing for m in self.labels(x)])
+
+    def spare(self, tensor: Tensor) -> None:
+        """One of the model's own tensors is about to be written to: keep what it holds."""
+        if id(tensor) in self.names and id(tensor) not in self.spared:
+            self.spared[id(tensor)] = (tensor, tensor.data, tensor.detach().clone())
+
+    def restore(self) -> None:
+        """Undo what was written to the model's own tensors."""
+        for tensor, data, value in self.spared.values():
+            tensor.data = data
+            tensor.data.copy_(value)
+        self.spared.clear()
 
     def forget(self, tensor: Tensor) -> None:
         """Take off what travels beside a tensor."""

@@ -45,29 +45,20 @@ class Refusal(MaskSparsityError):
 
 def records_now(model: nn.Module, graph: ChannelGraph) -> tuple[Record, ...]:
     """What a run of the dense model records with the labels that it was traced with."""
-    given = {slot: torch.where(units < 0, graph.units + 1, units + 1)
-             for slot, units in graph.slots.items()}  # fmt: skip
-    tracer = Tracer(model, graph.rules, given)
+    tracer = Tracer(model, graph.rules, dict(graph.labels))
     args, kwargs = like(graph.example, model)
     run(tracer, model, args, kwargs)
     if graph.training:
         run_training(tracer, model, args, kwargs)
-    return tuple(
-        r._replace(ids=tuple(ids.reshape(-1) % (graph.units + 1) - 1 for ids in r.ids))
-        for r in tracer.records
-    )
+    return tuple(tracer.records)
 
 
 def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
     """Raises MaskSparsityError, naming the module, unless every consumer of `slim` reads the
     channels that `keep` leaves of what it read in the traced model, in the same order."""
     units = torch.cat([keep.units, torch.ones(1, dtype=torch.bool)])  # -1: of no group
-    width = len(units)
-    given = {}
-    for (name, axis), owned in graph.slots.items():
-        # What is of no group keeps a label of its own, so that both runs see labels alike.
-        kept = owned[units[owned]]
-        given[name, axis] = torch.where(kept < 0, width, kept + 1)
+    stays = units[graph.unit_of]
+    given = {slot: labels[stays[labels]] for slot, labels in graph.labels.items()}
     tracer = Tracer(slim, graph.rules, given)
     args, kwargs = like(graph.example, slim)
     failure = None
@@ -77,11 +68,11 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
             run_training(tracer, slim, args, kwargs)
     except Exception as error:
         failure = error
-    _compare(slim, tracer, graph, units, ran=failure is None)
-    _stays(tracer, graph, width)
+    _compare(slim, tracer, graph, stays, ran=failure is None)
+    _stays(tracer, graph)
     if failure is not None:
         raised, flowing = tracer.fault
-        entered = [ids.reshape(-1) % width - 1 for ids in flowing if raised is failure]
+        entered = [graph.unit_of[ids.reshape(-1)] for ids in flowing if raised is failure]
         raise Refusal(
             f"the slim model does not run: {failure}",
             "",
@@ -94,21 +85,23 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
 
 
 def _compare(
-    slim: nn.Module, tracer: Tracer, graph: ChannelGraph, units: Tensor, ran: bool
+    slim: nn.Module, tracer: Tracer, graph: ChannelGraph, stays: Tensor, ran: bool
 ) -> None:
-    """The records of the slim model's run, complete or not, with those of the dense one's."""
+    """The records of the slim model's run, complete or not, with those of the dense one's.
+
+    stays: bool, one per label.
+    """
     remedy = (
         "Choose equal counts in the pieces that meet there, or protect the channels with "
         "trace(..., protect=...)"
     )
     alone = "a channel that is left alone cannot be told from none: keep two there"
-    width = len(units)
     expected: dict[int, Tensor] = {}
     agreed: set[tuple[int, int]] = set()
     records, replayed = graph.records, tracer.records
     if silent := silent_modules(slim):
-        between = {r.module for r in records if _gone(r, units)}  # sees unlabelled zeros now
-        records = tuple(r for r in records if r.module not in silent and not _gone(r, units))
+        between = {r.module for r in records if _gone(r, stays)}  # sees unlabelled zeros now
+        records = tuple(r for r in records if r.module not in silent and not _gone(r, stays))
         replayed = [
             r for r in replayed if r.module not in silent and (r.ids or r.module not in between)
         ]
@@ -123,19 +116,22 @@ def _compare(
             return
         now = replayed[k]
         if (now.operation, len(now.ids)) != (dense.operation, len(dense.ids)):
-            lone = now.operation == dense.operation and any(_lone(i, units) for i in dense.ids)
+            lone = now.operation == dense.operation and any(
+                _lone(i, graph, stays) for i in dense.ids
+            )
             refuse(alone if lone else "the slim model takes another way here")
         for before, after in zip(dense.ids, now.ids, strict=True):
             if (id(before), id(after)) in agreed:
                 continue
             if id(before) not in expected:
-                expected[id(before)] = before[units[before]] + 1
-            if not torch.equal(expected[id(before)], after.reshape(-1) % width):
-                lone = _lone(before, units)
+                flat = before.reshape(-1)
+                expected[id(before)] = flat[stays[flat]]
+            if not torch.equal(expected[id(before)], after.reshape(-1)):
+                lone = _lone(before, graph, stays)
                 refuse(alone if lone else "it would read other channels than before")
             agreed.add((id(before), id(after)))
         for before, shape, after in zip(dense.ids, dense.shapes, now.ids, strict=True):
-            if shape is not None and not _aligned(units[before].view(shape), after.shape):
+            if shape is not None and not _aligned(stays[before].view(shape), after.shape):
                 refuse("it would put channels into other places")
         if now.scalars != dense.scalars:
             refuse(f"a number changes with the width: {dense.scalars} -> {now.scalars}")
@@ -145,26 +141,27 @@ def _compare(
         raise Refusal(why, extra.operation, extra.module, remedy, len(records) - 1)
 
 
-def _stays(tracer: Tracer, graph: ChannelGraph, width: int) -> None:
+def _stays(tracer: Tracer, graph: ChannelGraph) -> None:
     """No values of channels that may go left PyTorch on a way that the trace did not watch."""
-    free = torch.zeros(width, dtype=torch.bool)
+    free = torch.zeros(graph.units + 1, dtype=torch.bool)
     for group in graph.prunable:
         free[group.start : group.start + group.size] = True
     for ids, reason in tracer.left:
-        units = ids.reshape(-1) % width - 1
+        units = graph.unit_of[ids.reshape(-1)]
         if free[units].any():
             remedy = "Protect these channels with trace(..., protect=...)"
             raise Refusal(*reason, remedy, len(tracer.records) - 1, units)
 
 
-def _gone(record: Record, units: Tensor) -> bool:
+def _gone(record: Record, stays: Tensor) -> bool:
     """Did an operation read a group of which nothing stays?"""
-    return any(len(ids) and not units[ids].any() for ids in record.ids)
+    return any(ids.numel() and not stays[ids].any() for ids in record.ids)
 
 
-def _lone(ids: Tensor, units: Tensor) -> bool:
+def _lone(ids: Tensor, graph: ChannelGraph, stays: Tensor) -> bool:
     """Does one channel of several stay?"""
-    return len(ids[units[ids]].unique()) == 1 < len(ids.unique())
+    units = graph.unit_of[ids]
+    return len(units[stays[ids]].unique()) == 1 < len(units.unique())
 
 
 def _aligned(kept: Tensor, shape: torch.Size) -> bool:

@@ -42,7 +42,21 @@ def escapes(tracer: Tracer) -> Iterator[None]:
                 tracer.pin(over, "attention divides by the width")
         return attention(*args, **kwargs)
 
+    data: Any = Tensor.data
+
+    def assign(x: Tensor, other: Tensor) -> None:
+        """Its labels are those of what it held."""
+        found = [*tracer.labels(x), *tracer.labels(other)]
+        tracer.operation = ".data ="
+        tracer.expose(found)
+        tracer.pin(found, "values are taken over from another tensor")
+        tracer.blank(x, False)
+        tracer.spare(x)
+        data.__set__(x, other)
+
     with _ALONE, contextlib.ExitStack() as patches:
+        patches.callback(delattr, Tensor, "data")
+        Tensor.data = property(data.__get__, assign)  # type: ignore[assignment]
         for name in _WAYS_OUT:
             patches.enter_context(_patched(Tensor, name, leave))
         patches.enter_context(_patched(F, "scaled_dot_product_attention", attend))

@@ -98,7 +98,8 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("masksparsity", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Cloned: where memory begins decides the last bits of some products.
+            tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise MaskSparsityError(f"{path}: no such file") from None
     except (SafetensorError, OSError, ValueError) as error:
