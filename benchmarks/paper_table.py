@@ -44,6 +44,7 @@ from masksparsity.recipes import recipe
 from masksparsity.train.config import Phase
 
 Row = dict[str, Any]
+BY_SCALE: Row = {"scores": "scale", "per_cost": False}  # the order of the scales, as published
 ACCURACIES = ("before_removal_accuracy", "after_removal_accuracy", "finetuned_accuracy")
 HEADING = (
     "arm", "n", "before removal", "right after", "finetuned", "ours minus arm",
@@ -76,7 +77,7 @@ class Arms:
 
     def slimming(self) -> Row:
         weights = self.sparsified("slimming", epochs=self._sum("sm"))
-        mask = self.chosen("slimming", weights, scores="scale")
+        mask = self.chosen("slimming", weights, **BY_SCALE)
         return self.removed("slimming", weights, mask, "B + sm + f", finetune=self._finetune("f"))
 
     def uniform(self) -> Row:
@@ -111,7 +112,7 @@ class Arms:
     def l1_mask(self) -> Path:
         """The mask of the paper's own pipeline."""
         weights = self.sparsified("published", epochs=self._sum("s"))
-        return self.chosen("published", weights, scores="scale")
+        return self.chosen("published", weights, **BY_SCALE)
 
     def sparsified(self, name: str, **settings: Any) -> Path:
         """Weights after a penalty on all scales, trained from the baseline."""

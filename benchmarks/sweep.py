@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from paper_table import HEADING, Arms, Row, cells, line
+from paper_table import BY_SCALE, HEADING, Arms, Row, cells, line
 
 from masksparsity.files import atomic
 from masksparsity.pipeline.config import Config
@@ -94,7 +94,7 @@ def main() -> None:
     config = tyro.cli(Config, default=recipe(args.recipe), args=flags)
     if not config.sparsify.epochs:
         parser.error("masks of a global L1 are compared here: give --sparsify.epochs")
-    config = replace(config, mask=replace(config.mask, select="budget", scores="scale"))
+    config = replace(config, mask=replace(config.mask, select="budget", **BY_SCALE))
     sweep: Sweep = {"budgets": {}, "factors": {}, "sources": {}}
     target = args.results / f"{args.name or args.recipe}-sweep"
     command = " ".join(["python benchmarks/sweep.py", *sys.argv[1:]])
