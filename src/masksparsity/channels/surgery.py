@@ -88,11 +88,17 @@ def _settle(model: nn.Module, slim: nn.Module, graph: ChannelGraph, keep: KeepMa
         return
     except Refusal:
         # What the model cached since it was traced has no labels, and what it does may depend on
-        # values: trace it as it is now, and with the values that the slim model has.
-        masked = apply_mask(model, graph, keep)
-        graph = replace(graph, records=records_now(masked, graph))
+        # values: trace it as it is now, and with the values that the slim model has, to more
+        # digits than rounding could turn.
+        masked, proved = apply_mask(model, graph, keep), slim
     try:
-        prove(slim, graph, keep)
+        records = records_now(duplicate(masked).double(), graph)
+        proved = duplicate(slim).double()
+    except RuntimeError:  # code that insists on its own precision
+        records = records_now(masked, graph)
+    graph = replace(graph, records=records)
+    try:
+        prove(proved, graph, keep)
     except Refusal:
         changed = limits.follow(slim, graph.cuts, keep.units)
         if not changed:
