@@ -5,7 +5,7 @@
 
 With B, S, M, F epochs of the recipe's baseline, sparsify, mask-sparsify and finetune stages, every
 arm trains T = S+M+F epochs after the baseline, what its mask takes included. The controls share
-them out as their authors do, s : m : f = 100 : 100 : 40; rates are those of the recipe's stages.
+them out as their authors do, s : m : f = 100 : 100 : 40, at the rates of sparsify and finetune.
 
     dense      the baseline, trained on for T
     slimming   L1 on all scales for s+m, the budget's mask, removal, finetuning for f
@@ -90,9 +90,10 @@ class Arms:
         return self._row(work, {"finetuned": execute(work, "scratch")}, "BT", self.mask)
 
     def published(self) -> Row:
+        rate = {"lr": self.config.sparsify.lr, "schedule": self.config.sparsify.schedule}
         return self.masked(
             "published", self.l1_mask(), "B + s (mask) + m + f",
-            finetune=self._finetune("f"), penalty="masked-l1", epochs=self._sum("m"),
+            finetune=self._finetune("f"), penalty="masked-l1", epochs=self._sum("m"), **rate,
         )  # fmt: skip
 
     def ours(self) -> Row:

@@ -127,8 +127,10 @@ def test_stopped_and_started_again_gives_the_same_bits(
     config.write_text(json.dumps(tiny().as_json()))
     command = [sys.executable, "-m", "masksparsity", "run", "--config", str(config)]
     process = subprocess.Popen(
-        [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # What shells start in the background ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (out / stage / "checkpoint.safetensors").exists():
         assert process.poll() is None, process.communicate()

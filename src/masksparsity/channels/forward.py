@@ -1,6 +1,7 @@
 """Run a network once on channel labels: every ATen call is seen with its real arguments."""
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -64,15 +65,24 @@ class Operations(TorchDispatchMode):
         return before, *args[1:]
 
     def _look_up(self, func: Any) -> tuple[Rule | None, str, bool, bool]:
-        name = func._schema.name
-        inplace = func._schema.is_mutable and name.endswith("_") and not name.endswith("__")
-        base = name.removeprefix("aten::")
-        base = base[:-1] if inplace else base
-        rule, mutable = self.tracer.rules.get(base), func._schema.is_mutable
-        if any(a.is_out for a in func._schema.arguments):  # `out=`: others may view it
-            rule = None
-        writes = mutable or base in ("detach", "alias")  # which may be written to later
-        return rule, base, inplace, writes
+        base, inplace, writes, into = _schema(func)
+        # `out=`: others may view it.
+        return None if into else self.tracer.rules.get(base), base, inplace, writes
+
+
+@functools.cache
+def _schema(func: Any) -> tuple[str, bool, bool, bool]:
+    """Of an operation: its name without suffix; whether it writes in place; whether it writes, or
+    hands out an alias which may be written to later; whether it has an `out=`.
+
+    Cached, since a trace would spend milliseconds on reading the schemas of a dozen operations.
+    """
+    name, mutable = func._schema.name, func._schema.is_mutable
+    inplace = mutable and name.endswith("_") and not name.endswith("__")
+    base = name.removeprefix("aten::")
+    base = base[:-1] if inplace else base
+    into = any(a.is_out for a in func._schema.arguments)
+    return base, inplace, mutable or base in ("detach", "alias"), into
 
 
 def run(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, training: bool = False) -> Any:

@@ -1,5 +1,6 @@
 """Take channels out: slice every parameter, buffer and optimizer state, and fix the modules."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -92,8 +93,8 @@ def _settle(model: nn.Module, slim: nn.Module, graph: ChannelGraph, keep: KeepMa
         # digits than rounding could turn.
         masked, proved = apply_mask(model, graph, keep), slim
     try:
-        records = records_now(duplicate(masked).double(), graph)
-        proved = duplicate(slim).double()
+        records = records_now(_double(masked), graph)
+        proved = _double(slim)
     except RuntimeError:  # code that insists on its own precision
         records = records_now(masked, graph)
     graph = replace(graph, records=records)
@@ -111,6 +112,12 @@ def _settle(model: nn.Module, slim: nn.Module, graph: ChannelGraph, keep: KeepMa
         setattr(slim, WRITTEN_DOWN, merged)
 
 
+def _double(net: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():  # of gradients that copies of scripted modules do not have
+        warnings.simplefilter("ignore", UserWarning)
+        return duplicate(net).double()
+
+
 WRITTEN_DOWN = "_masksparsity_attributes"
 """Attribute of a slim model: module -> attribute -> value that had to follow the widths."""
 
@@ -118,7 +125,7 @@ WRITTEN_DOWN = "_masksparsity_attributes"
 def _compare(masked: nn.Module, slim: nn.Module, graph: ChannelGraph) -> None:
     """An attribute may have been more than a length: on the traced inputs, too, nothing changes."""
     try:
-        expected, actual = (_outputs(duplicate(m).double(), graph) for m in (masked, slim))
+        expected, actual = (_outputs(_double(m), graph) for m in (masked, slim))
         tolerance = 1e-7
     except RuntimeError:  # code that insists on its own precision
         expected, actual = (_outputs(m, graph) for m in (masked, slim))
