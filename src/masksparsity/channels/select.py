@@ -173,7 +173,7 @@ def budget(
 
     With `per_cost` the lowest scores per MAC (or parameter) go, those that a unit saves in the
     dense network: what keeps the largest sum of scores under the budget, for scores that add up,
-    like `scores.taylor`. Order of the units of one group: as it was.
+    like `scores.taylor`.
 
     The nested masks along the global order of scores are searched by bisection for the first that
     meets the budget, so the cost is within one channel (or one step of `round_to`) of it.
@@ -198,12 +198,9 @@ def budget(
     _share(f"pruned_{what}", share)
     ranking = _Ranking(graph, scores, **limits)
     dense = measure(KeepMask(graph))
-    prices = None
-    if per_cost:
-        if what == "latency":
-            raise MaskSparsityError("per_cost: of MACs or parameters; latency moves in jumps")
-        prices = {g.name: max(1, dense - measure(_without_one(graph, g))) for g in ranking.groups}
-    masks, units = _nested(ranking, prices)
+    if per_cost and what == "latency":
+        raise MaskSparsityError("per_cost: of MACs or parameters; latency moves in jumps")
+    masks, units = _nested(ranking, _prices(ranking, measure) if per_cost else None)
 
     def removed(mask: KeepMask) -> float:
         return 1 - measure(mask) / max(dense, 1e-12)
@@ -220,8 +217,12 @@ def budget(
     return _from(kept, "budget", **chosen, **({"per_cost": True} if per_cost else {}))
 
 
-def _without_one(graph: ChannelGraph, group: ChannelGroup) -> KeepMask:
-    return KeepMask(graph, {group.name: torch.arange(group.size) > 0})
+def _prices(ranking: _Ranking, measure: Callable[[KeepMask], float]) -> dict[str, float]:
+    """What one unit of each group costs in the dense network."""
+    graph = ranking.graph
+    less = {g.name: KeepMask(graph, {g.name: torch.arange(g.size) > 0}) for g in ranking.groups}
+    dense = measure(KeepMask(graph))
+    return {name: max(1, dense - measure(mask)) for name, mask in less.items()}
 
 
 def _nested(
