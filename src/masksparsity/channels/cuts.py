@@ -15,11 +15,13 @@ from .trace import Rule, Tracer
 
 
 def rows(ids: Tensor, axis: int) -> Tensor:
+    """[others, length of `axis`]: the labels along an axis, a row for every place on the others."""
     length = ids.shape[axis]
     return ids.movedim(axis, -1).reshape(ids.numel() // max(1, length), length)
 
 
 def split(t: Tracer, x: Tensor, m: Labels, sizes: Any, dim: int = 0) -> None:
+    """The pieces of a split or a chunk; lengths that are listed may be written down."""
     if dim % x.ndim in m.axes:
         whole = rows(m.ids, dim)
         listed = isinstance(sizes, (list, tuple))
@@ -29,6 +31,7 @@ def split(t: Tracer, x: Tensor, m: Labels, sizes: Any, dim: int = 0) -> None:
 def slices(
     t: Tracer, x: Tensor, m: Labels, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> None:
+    """What a slice takes, and what it leaves on both sides. A strided one is left to the proof."""
     if dim % x.ndim not in m.axes or step != 1:
         return
     length = x.shape[dim]
@@ -46,6 +49,7 @@ def permute(t: Tracer, x: Tensor, m: Labels, dims: Sequence[int]) -> None:
 
 
 def transpose(t: Tracer, x: Tensor, m: Labels, a: int, b: int) -> None:
+    """Two axes that change places."""
     order = list(range(x.ndim))
     order[a], order[b] = order[b], order[a]
     permute(t, x, m, order)

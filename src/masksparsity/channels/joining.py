@@ -11,6 +11,7 @@ from .trace import Rule, Tracer
 
 
 def cat(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """Along channels they stand side by side; along space they lie over one another."""
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
     # Torch lets a 1-D empty placeholder stand among the parts; it holds nothing.
     parts = [x for x in args[0] if x.ndim == out.ndim]
@@ -18,6 +19,7 @@ def cat(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) 
 
 
 def stack(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """`cat` along an axis that is new."""
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
     shape = torch.Size(1 if a == dim else n for a, n in enumerate(out.shape))
     found = [tuple(unsqueeze(x, m, dim) for m in t.labels(x)) for x in args[0]]

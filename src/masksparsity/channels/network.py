@@ -19,6 +19,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def tensors_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of named modules, each once, under the first of its names."""
     seen: set[int] = set()
     for prefix, module in modules:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):

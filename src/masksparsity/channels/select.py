@@ -172,8 +172,8 @@ def budget(
     `masksparsity.latency(model, graph)`.
 
     With `per_cost` the lowest scores per MAC (or parameter) go, those that a unit saves in the
-    dense network: what keeps the largest sum of scores under the budget, for scores that add up,
-    like `scores.taylor`.
+    dense network: greedily, what keeps much of the sum of scores under the budget, for scores that
+    add up, like `scores.taylor`.
 
     The nested masks along the global order of scores are searched by bisection for the first that
     meets the budget, so the cost is within one channel (or one step of `round_to`) of it.
