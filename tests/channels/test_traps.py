@@ -140,6 +140,9 @@ OPERATIONS = {
     "squeeze_": lambda x: (
         x * F.linear(x.mean((2, 3))[:, None].squeeze_(1), torch.eye(8).to(x))[:, :, None, None]
     ),
+    "value by width": lambda x: x * torch.arange(100.0)[x.shape[1]],
+    "values up to width": lambda x: x * torch.arange(100.0)[: x.shape[1]].sum(),
+    "roll by width": lambda x: x * torch.arange(100.0).roll(x.shape[1])[:1],
     "long list": lambda x: x * torch.tensor([float(x.shape[1])] * 65, dtype=x.dtype)[:1],
     "pairs apart": lambda x: (
         x.reshape(len(x), -1, 2, 8, 8).transpose(1, 2).reshape(len(x), -1, 8, 8)
