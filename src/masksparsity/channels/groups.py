@@ -63,6 +63,7 @@ class ChannelGroup:
 
     @property
     def prunable(self) -> bool:
+        """May its channels be removed? If not, `reason` says why."""
         return self.reason is None
 
     def __repr__(self) -> str:
@@ -111,23 +112,28 @@ class ChannelGraph:
 
     @cached_property
     def by_name(self) -> dict[str, ChannelGroup]:
+        """The groups under their names, in their order."""
         return {group.name: group for group in self.groups}
 
     @property
     def prunable(self) -> tuple[ChannelGroup, ...]:
+        """The groups that masks may remove channels of."""
         return tuple(group for group in self.groups if group.prunable)
 
     @property
     def protected(self) -> tuple[ChannelGroup, ...]:
+        """The groups that stay whole; each has its `reason`."""
         return tuple(group for group in self.groups if not group.prunable)
 
     @cached_property
     def counter(self) -> Counter:
+        """What MACs and parameters follow from, made at first use."""
         shapes = {name: self.shapes[name] for name in sorted(self.parameters)}
         return Counter([group.size for group in self.groups], self.layers, self.slots, shapes)
 
     @cached_property
     def branches(self) -> Branches:
+        """Which groups may go altogether, found at first use."""
         reading = {record.module for record in self.records if record.ids}
         return Branches(
             self.counter,
@@ -139,6 +145,7 @@ class ChannelGraph:
 
     @property
     def units(self) -> int:
+        """How many channels all groups have together."""
         return sum(group.size for group in self.groups)
 
     def cost(self, keep: Kept | None = None) -> Cost:

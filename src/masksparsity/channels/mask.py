@@ -55,6 +55,7 @@ class KeepMask:
         return self.units[found.start : found.start + found.size]
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, bool [size]) of every group, protected ones too."""
         return ((group.name, self[group.name]) for group in self.graph.groups)
 
     @property

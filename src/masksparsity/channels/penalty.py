@@ -125,9 +125,15 @@ class Penalty(ABC):
         """One application, for loops that have their own place for it."""
 
     def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold, by name: the tensors themselves, not copies."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint's `state_dict`.
+
+        Raises:
+            MaskSparsityError: it is of a penalty on another model or mask.
+        """
         own = self.state_dict()
         if own.keys() != state.keys():
             raise MaskSparsityError("this state belongs to a penalty on another model or mask")
