@@ -169,10 +169,13 @@ def apart(work: Any, library: str, name: str, row: dict, timeout: float) -> dict
     )
     child.start()
     theirs.close()
+    failed = {"peer": "does not end"} if work is peer else {}
+    key = "peer_error" if work is peer else "error"
     try:
-        row = mine.recv() if mine.poll(timeout) else {**row, "error": f"over {timeout:.0f} s"}
+        done = mine.poll(timeout)
+        row = mine.recv() if done else {**row, **failed, key: f"over {timeout:.0f} s"}
     except EOFError:
-        row = {**row, "error": "killed (memory?)"}
+        row = {**row, **failed, key: "killed (memory?)"}
     child.kill()
     child.join()
     return row
@@ -208,10 +211,12 @@ def main() -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for library in [options.library] if options.library else ["torchvision", "timm"]:
         for name in names(library, options.only):
-            if f"{library}/{name}" in rows:
+            row = rows.get(f"{library}/{name}")
+            if row and ("peer" in row or not options.peer):
                 continue
-            row = {"name": f"{library}/{name}", "status": "build crashes"}
-            row = apart(check, library, name, row, options.timeout)
+            if row is None:
+                row = {"name": f"{library}/{name}", "status": "build crashes"}
+                row = apart(check, library, name, row, options.timeout)
             if options.peer:
                 row = apart(peer, library, name, row, options.timeout)
             rows[row["name"]] = row
@@ -222,7 +227,7 @@ def main() -> int:
     summary = ", ".join(f"{count} {status}" for status, count in tally.most_common())
     theirs = [row["peer"] for row in rows.values() if "peer" in row]
     if theirs:
-        runs = sum(peer != "crashes" for peer in theirs)
+        runs = sum(peer not in ("crashes", "does not end") for peer in theirs)
         trains = sum(peer.endswith("parameters") for peer in theirs)
         summary += f"; Torch-Pruning: {runs} of {len(theirs)} run afterwards, {trains} train"
     conditions = "; ".join(about("torchvision", "timm").values())

@@ -127,7 +127,9 @@ class Tracer:
     def set(self, out: Tensor, labels: Iterable[Labels], inplace: bool = False) -> None:
         labels = tuple(labels)
         if inplace and id(out) in self.names:
-            self.pin(labels, "a parameter or buffer is written in forward")
+            # Such as running statistics: where zero stays zero, later forwards find what they know.
+            lost = [m for m in labels if not m.clean]
+            self.pin(lost, "a parameter or buffer is written in forward")
             return
         if inplace and (getattr(out, _VIEWED, False) or out._is_view()):
             # Others see the same memory and still believe that its zeros stay zero.
