@@ -284,8 +284,18 @@ def test_what_is_scripted_keeps_its_width():
     assert not ms.trace(model, torch.randn(1, 3, 4, 4)).prunable
 
 
-def test_one_channel_left_of_an_instance_norm():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, affine=True), nn.Conv2d(8, 2, 1))
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = nn.InstanceNorm2d(8, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.n(x)
+
+
+@pytest.mark.parametrize("norm", [Residual, lambda: nn.InstanceNorm2d(8, affine=True)])
+def test_one_channel_left_of_an_instance_norm(norm):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm(), nn.Conv2d(8, 2, 1))
     x = torch.randn(3, 3, 7, 7, dtype=torch.double)
     graph = ms.trace(model.double(), x)
     keep = ms.KeepMask(graph, {"0": torch.arange(8) == 5})

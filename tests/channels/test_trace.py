@@ -1,7 +1,9 @@
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torchvision
@@ -167,16 +169,49 @@ def test_nothing_is_left_behind():
     kept = []
     model.b.register_forward_pre_hook(lambda m, args: kept.append(args[0]))
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    random = torch.get_rng_state()
+    state_of_torch, state_of_python = torch.get_rng_state(), random.getstate()
+    state_of_numpy = numpy.random.get_state()  # noqa: NPY002
     before = {k: set(vars(m)) for k, m in model.named_modules()}
     ms.trace(model, X)
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), state_of_torch)
+    assert random.getstate() == state_of_python
+    numpy.testing.assert_equal(numpy.random.get_state(), state_of_numpy)  # noqa: NPY002
     assert model.training
     assert not model.norm.training
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert before == {k: set(vars(m)) for k, m in model.named_modules()}
     assert not torch.nn.modules.module._global_forward_pre_hooks
     assert all(not vars(p) for p in model.parameters())
+
+
+SKIPS = {
+    "torch": lambda: torch.rand(1).item() < 0.5,
+    "python": lambda: random.random() < 0.5,
+    "numpy": lambda: numpy.random.rand() < 0.5,  # noqa: NPY002
+}
+
+
+@pytest.mark.parametrize("library", SKIPS)
+def test_layers_that_are_skipped_at_random(library):
+    """In train mode: trace and proof go the same way."""
+
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 1)
+            self.blocks = nn.ModuleList(nn.Conv2d(8, 8, 1) for _ in range(12))
+            self.head = nn.Conv2d(8, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            for block in self.blocks:
+                if not (self.training and SKIPS[library]()):
+                    x = x + block(x).relu()
+            return self.head(x)
+
+    graph = ms.trace(Skipping(), torch.randn(2, 3, 4, 4))
+    assert graph.training
+    assert [g.name for g in graph.prunable] == ["stem"]
 
 
 def test_a_users_rule_widens_the_table():

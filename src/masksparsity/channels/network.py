@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -113,13 +114,32 @@ def evaluating(modules: Iterable[nn.Module], training: bool = False) -> Iterator
     """Eval (or train) mode; modes and random state are restored afterwards."""
     modes = [(module, module.training) for module in modules]
     tensors = tensors_of(("", m) for m, _ in modes) if torch.cuda.is_initialized() else ()
-    devices = {t.device for _, t in tensors if t.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)):
+    with _same_randomness({t.device.index for _, t in tensors if t.is_cuda}):
         try:
             _set_modes((module, training) for module, _ in modes)
             yield
         finally:
             _set_modes(modes)
+
+
+@contextlib.contextmanager
+def _same_randomness(devices: set[int]) -> Iterator[None]:
+    """Code that skips layers at random takes the same way each time; what the generators of
+    PyTorch, Python and NumPy would have said next, they say afterwards."""
+    numpy = getattr(sys.modules.get("numpy"), "random", None)
+    with torch.random.fork_rng(devices=devices), contextlib.ExitStack() as states:
+        states.callback(random.setstate, random.getstate())
+        if numpy is not None:
+            states.callback(numpy.set_state, numpy.get_state())
+            numpy.seed(0)
+        random.seed(0)
+        for generator in (torch.default_generator, *map(_generator, devices)):
+            generator.manual_seed(0)
+        yield
+
+
+def _generator(device: int) -> torch.Generator:
+    return torch.cuda.default_generators[device]
 
 
 def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:

@@ -19,6 +19,8 @@ def reshape(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bo
         for m in found:
             _unflatten(t, x, m, new)
         moved = [_view(x, m, new) for m in found]
+        if t.given:
+            moved = [_with_channels(m) for m in moved]
         t.set(out, moved)
         if tuple(x.shape) != new and not t.given:
             for m in moved:
@@ -41,6 +43,14 @@ def _view(x: Tensor, m: Labels, new: Sequence[int]) -> Labels:
             # A lone channel has no axis longer than 1 to be recognised by.
             axes |= {a for a in news if new[a] > 1} or {news[0]}
     return m._replace(ids=m.ids.expand(expand).reshape(shape), axes=frozenset(axes))
+
+
+def _with_channels(m: Labels) -> Labels:
+    """A lone channel that a view has laid along the batch also lies along its own axis, as its
+    companions did."""
+    if m.axes != {0} or m.ids.ndim < 2 or m.ids.shape[1] > 1 or bool((m.ids != m.ids[0]).any()):
+        return m
+    return m._replace(axes=frozenset({0, 1}))
 
 
 def _runs(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:

@@ -193,10 +193,6 @@ class Tracer:
         if len(found) == 1 and len(found[0].axes) == 1 and axis in found[0].axes:
             return self.flat(found[0].ids, axis), found[0]  # nearly always
         along = [m for m in found if axis in m.axes]
-        if not along and self.given and tensor.shape[axis] == 1 and len(found) == 1:
-            (m,) = found  # a lone channel that a view has laid along the batch
-            if m.axes == {0} and m.ids.numel() > 1 and bool((m.ids == m.ids[0]).all()):
-                return m.ids.reshape(-1)[:1], m
         if elsewhere and len(along) < len(found):
             self.pin([m for m in found if axis not in m.axes], elsewhere)
         if len(along) != 1:
