@@ -23,6 +23,9 @@ def test_counts_every_image_once_and_leaves_the_modes(
     assert found.total == 101
     assert found.accuracy == found.correct / 101
     assert found.loss == pytest.approx(nn.functional.cross_entropy(outputs, labels).item())
+    rounded = evaluate(model, data.test, amp=True).loss
+    assert rounded != found.loss
+    assert rounded == pytest.approx(found.loss, rel=0.05)
     assert model.training
     assert not model[1].training
     assert model[2].training

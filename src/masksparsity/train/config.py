@@ -15,7 +15,8 @@ class TrainConfig:
     eval_batch_size: int = 512
     """Images per step of evaluation, on each device."""
     amp: bool = True
-    """Train under bfloat16 autocast; scales, shifts and statistics stay float32."""
+    """Train under bfloat16 autocast, and so evaluate between epochs; scales, shifts and statistics
+    stay float32, and so does what a stage reports at its end."""
     label_smoothing: float = 0.0
     """Share of the target that goes to the other classes."""
     step: Literal["auto", "eager", "compile", "graph"] = "auto"

@@ -27,12 +27,17 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Loader, tick: Callable[[], None] = lambda: None
+    model: nn.Module,
+    loader: Loader,
+    tick: Callable[[], None] = lambda: None,
+    *,
+    amp: bool = False,
 ) -> Evaluation:
-    """Count what `model` gets right in eval mode and full float32; its modes stay as they were.
+    """Count what `model` gets right in eval mode; its modes stay as they were.
 
-    No autocast and no TF32: the counts before and after a removal are compared to the image.
-    `tick` is called once per batch.
+    In full float32, without TF32: the counts before and after a removal are compared to the image.
+    With `amp` under bfloat16 autocast, which is enough to watch a training. `tick` is called once
+    per batch.
     """
     modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
@@ -41,7 +46,9 @@ def evaluate(
         model.eval()
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for images, labels in loader.epoch(0):
-                outputs = model(images)
+                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    outputs = model(images)
+                outputs = outputs.float() if amp else outputs
                 totals[0] += (outputs.argmax(1) == labels).sum()
                 totals[1] += len(labels)
                 totals[2] += F.cross_entropy(outputs, labels, reduction="sum")

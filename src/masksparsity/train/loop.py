@@ -113,7 +113,7 @@ def fit(
 
             loss, accuracy = step.read()
             dist.share_buffers(model)
-            test = evaluate(model, data.test, meter.advance)
+            test = evaluate(model, data.test, meter.advance, amp=config.amp)
             _finite(loss + test.loss, folder, epoch, phase)
             state.save(
                 {
