@@ -150,7 +150,16 @@ def runs(file: Path) -> str:
     commands = {origin(r | {"command": found["command"]}): None for r in every}
     counted = images({"test_images": r["total"]} for r in every)
     heading = ["seed", *(name.replace("_", " ") for name in total)]
-    return f"{''.join(commands)}{counted}\n{table(heading, lines)}"
+    return f"{''.join(commands)}{counted}\n{table(heading, lines)}{spent(every)}"
+
+
+def spent(every: list[Found]) -> str:
+    """The share of each stage in the time of a run, or of several."""
+    seconds: Counter[str] = Counter()
+    for run in every:
+        seconds.update(run["seconds"])
+    shares = [f"{stage} {s / seconds.total():.1%}" for stage, s in seconds.items()]
+    return f"\nOf the seconds: {', '.join(shares)}.\n"
 
 
 def coverage(file: Path) -> str:
