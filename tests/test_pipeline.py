@@ -16,8 +16,7 @@ import pytest
 import torch
 
 import masksparsity as ms
-from masksparsity.channels.errors import MaskSparsityError
-from masksparsity.failure import RunFailure
+from masksparsity.errors import MaskSparsityError, RunFailure
 from masksparsity.pipeline import Config, Workspace, execute, results, run
 from masksparsity.pipeline.choices import choose_mask
 from masksparsity.pipeline.config import MaskConfig

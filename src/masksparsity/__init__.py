@@ -14,11 +14,11 @@ from .channels.analysis import trace
 from .channels.calibrate import recalibrate
 from .channels.cost import Cost
 from .channels.decay import ScheduledDecay
-from .channels.errors import MaskSparsityError
 from .channels.groups import ChannelGraph, ChannelGroup
 from .channels.mask import KeepMask
 from .channels.penalty import MaskedL1, Proximal
 from .channels.surgery import apply_mask, prune
+from .errors import MaskSparsityError
 from .exporting import export
 from .files.archive import load, save
 from .files.mask import from_original, load_mask, save_mask

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import tyro
 
-from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.commands import COMMANDS, Files, show
-from masksparsity.failure import RunFailure
+from masksparsity.errors import MaskSparsityError, RunFailure
 from masksparsity.pipeline.config import Config
 from masksparsity.recipes import RECIPES, recipe
 from masksparsity.train import dist

@@ -11,7 +11,7 @@ from rich.console import Console
 
 import masksparsity as ms
 from masksparsity import report as reporting
-from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError
 from masksparsity.pipeline import results, runner
 from masksparsity.pipeline.choices import choose_mask, read_mask
 from masksparsity.pipeline.config import Config

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .channels.errors import MaskSparsityError
-from .channels.network import arguments, batch_size, evaluating, unwrap
+from .errors import MaskSparsityError
 from .files import atomic
+from .tracing.network import arguments, batch_size, evaluating, unwrap
 
 Inputs = tuple[tuple, dict]
 Run = Callable[[Inputs], list[Tensor]]

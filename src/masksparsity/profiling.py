@@ -13,8 +13,8 @@ from torch import nn
 from .channels.analysis import trace
 from .channels.groups import ChannelGraph
 from .channels.mask import KeepMask
-from .channels.network import arguments, evaluating, like
 from .channels.surgery import prune
+from .tracing.network import arguments, evaluating, like
 
 
 class Profile(NamedTuple):

@@ -9,8 +9,8 @@ the weights.
 from collections.abc import Callable
 from typing import Any
 
-from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.data import DataConfig
+from masksparsity.errors import MaskSparsityError
 from masksparsity.pipeline.config import (
     Config,
     MaskConfig,

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import masksparsity as ms
-from masksparsity.channels.network import named_tensors
+from masksparsity.tracing.network import named_tensors
 
 from .networks import calibrated, random_mask
 

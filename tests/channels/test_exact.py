@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import masksparsity as ms
-from masksparsity.channels.network import named_tensors
+from masksparsity.tracing.network import named_tensors
 
 from .networks import calibrated, networks, random_mask
 

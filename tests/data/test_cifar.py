@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.data import Data, DataConfig, create
+from masksparsity.errors import MaskSparsityError
 
 TRAIN = [f"data_batch_{i}" for i in range(1, 6)]
 

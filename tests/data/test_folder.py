@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.data import Data, DataConfig, create
 from masksparsity.data import decode as decode_module
+from masksparsity.errors import MaskSparsityError
 
 CLASSES = ("cat", "dog")
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.data import Data, DataConfig, create
 from masksparsity.data.npz import digits
+from masksparsity.errors import MaskSparsityError
 
 CPU = torch.device("cpu")
 IMAGES = np.arange(6 * 3 * 4 * 5, dtype=np.uint8).reshape(6, 3, 4, 5)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.data.loader import Normalize, Plan
+from masksparsity.errors import MaskSparsityError
 
 world_and_images = st.integers(1, 4).flatmap(
     lambda world: st.tuples(st.just(world), st.integers(world, 60))

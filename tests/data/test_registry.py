@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.data import Data, DataConfig, create
+from masksparsity.errors import MaskSparsityError
 
 
 def make(config: DataConfig = DataConfig(), **kwargs) -> Data:  # noqa: B008

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from masksparsity.failure import RunFailure
+from masksparsity.errors import RunFailure
 from masksparsity.files import atomic
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError
 from masksparsity.files import checkpoint
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError
 from masksparsity.models import Constructor, constructor, create
 from masksparsity.models.registry import _OURS
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from masksparsity import report
-from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError
 
 RESULTS = {
     "accuracy": {

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import masksparsity as ms
-from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.data import Data
+from masksparsity.errors import MaskSparsityError
 from masksparsity.train.config import Phase, TrainConfig
 from masksparsity.train.graph import WARM_UP, Captured, CaptureStream
 from masksparsity.train.loop import fit, read_metrics

@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.data import Data
-from masksparsity.failure import RunFailure
+from masksparsity.errors import MaskSparsityError, RunFailure
 from masksparsity.train import loop
 from masksparsity.train.config import Phase, TrainConfig
 from masksparsity.train.loop import CHECKPOINT, fit, read_metrics

@@ -1,6 +1,6 @@
 import pytest
 
-from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError
 from masksparsity.train.config import Phase, TrainConfig
 from masksparsity.train.schedule import learning_rate
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError
 from masksparsity.train import dist
 from masksparsity.train.config import Phase, TrainConfig
 from masksparsity.train.step import Step, create_optimizer, step_mode

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import MaskSparsityError
+from ..errors import MaskSparsityError
+from ..tracing.network import duplicate, evaluating, like, named_tensors
 from .groups import ChannelGraph
 from .mask import KeepMask
-from .network import duplicate, evaluating, like, named_tensors
 
 Constants = dict[str, tuple[int, Tensor]]
 """Consumer -> its input axis, and [groups, length]: the constant of every removed index, else 0."""

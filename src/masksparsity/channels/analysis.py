@@ -6,16 +6,16 @@ from typing import Any
 
 from torch import nn
 
-from . import rules as table
-from .errors import MaskSparsityError
-from .forward import run, run_training
+from ..errors import MaskSparsityError
+from ..tracing import rules as table
+from ..tracing.forward import run, run_training
+from ..tracing.labels import Slot
+from ..tracing.network import arguments, batch_size, of_users, unwrap
+from ..tracing.recurrent import protect_units
+from ..tracing.tracer import Rule, Tracer
 from .groups import ChannelGraph
-from .labels import Slot
-from .network import arguments, batch_size, of_users, unwrap
 from .probe import protect_what_is_refused
-from .recurrent import protect_units
 from .solve import solve
-from .trace import Rule, Tracer
 
 
 def trace(
@@ -34,7 +34,7 @@ def trace(
         protect: names of modules or parameters whose channels stay, or prefixes of names.
         tie: names of layers, tuple by tuple, whose channels go together, index by index.
         rules: rows to add to the table of operations: ATen name without suffix -> function, as in
-            `masksparsity.channels.rules`.
+            `masksparsity.tracing.rules`.
 
     Raises:
         MaskSparsityError: if the model does not run on `example_inputs`, a name of `protect` or

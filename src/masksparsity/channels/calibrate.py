@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .errors import MaskSparsityError
+from ..errors import MaskSparsityError
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import MaskSparsityError
-from .labels import Cut, Reason
-from .trace import Tracer
+from ..errors import MaskSparsityError
+from ..tracing.labels import Cut, Reason
+from ..tracing.tracer import Tracer
 
 _MANY = 4096  # pieces: so many are no pieces of channels
 

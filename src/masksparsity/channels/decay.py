@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..errors import MaskSparsityError
 from . import scores
-from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .mask import KeepMask
 from .penalty import Penalty

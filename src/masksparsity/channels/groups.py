@@ -8,13 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..errors import MaskSparsityError
+from ..tracing.labels import Cut, Norm, Reason, Record, Slot
+from ..tracing.network import named_tensors, unwrap
+from ..tracing.tracer import Rule
 from . import constraints as limits
 from .cost import Cost, Counter, Layer
-from .errors import MaskSparsityError
-from .labels import Cut, Norm, Reason, Record, Slot
-from .network import named_tensors, unwrap
 from .silence import Branches
-from .trace import Rule
 
 
 class Kept(Protocol):

@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import MaskSparsityError
 from .constraints import repair
-from .errors import MaskSparsityError
 from .groups import ChannelGraph
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .errors import MaskSparsityError
+from ..errors import MaskSparsityError
+from ..tracing.network import named_tensors, unwrap
 from .groups import ChannelGraph
 from .mask import KeepMask
-from .network import named_tensors, unwrap
 
 KINDS = ("l1", "l2", "smooth_l1", "polarization")
 POLARIZATION_T = 1.2  # its authors' value for CIFAR

@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .errors import MaskSparsityError
+from ..errors import MaskSparsityError
+from ..tracing.labels import Reason
+from ..tracing.tracer import Tracer
 from .groups import ChannelGraph, ChannelGroup
-from .labels import Reason
 from .mask import KeepMask
 from .surgery import prune
-from .trace import Tracer
 from .verify import Refusal
 
 _MOST = 64  # tries: what is refused then is refused when one prunes

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from .errors import MaskSparsityError
+from ..errors import MaskSparsityError
+from ..tracing.network import unwrap
 from .groups import ChannelGraph
-from .network import unwrap
 
 Scores = dict[str, Tensor]
 

@@ -10,7 +10,7 @@ from typing import TypedDict, Unpack
 
 import torch
 
-from .errors import MaskSparsityError
+from ..errors import MaskSparsityError
 from .groups import ChannelGraph, ChannelGroup
 from .mask import KeepMask
 from .scores import Scores

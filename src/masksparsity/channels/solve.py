@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tracing.labels import ANONYMOUS, Reason, Slot
+from ..tracing.tracer import Tracer
 from . import constraints as limits
 from .cost import Layer
 from .groups import ChannelGraph, ChannelGroup
-from .labels import ANONYMOUS, Reason, Slot
-from .trace import Tracer
 
 
 def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_map
 
+from ..errors import MaskSparsityError
+from ..tracing.network import duplicate, evaluating, like, named_tensors, tensors_in, unwrap
 from . import constraints as limits
 from .absorb import absorb as hand_over
-from .errors import MaskSparsityError
 from .groups import ChannelGraph
 from .mask import KeepMask
-from .network import duplicate, evaluating, like, named_tensors, tensors_in, unwrap
 from .silence import silence
 from .verify import Refusal, prove, records_now
 

@@ -12,14 +12,14 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from .errors import MaskSparsityError
-from .forward import run, run_training
+from ..errors import MaskSparsityError
+from ..tracing.forward import run, run_training
+from ..tracing.labels import Record
+from ..tracing.network import like
+from ..tracing.tracer import Tracer
 from .groups import ChannelGraph
-from .labels import Record
 from .mask import KeepMask
-from .network import like
 from .silence import silent_modules
-from .trace import Tracer
 
 
 class Refusal(MaskSparsityError):

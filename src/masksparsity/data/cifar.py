@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.data.config import DataConfig
 from masksparsity.data.imageset import Figures, ImageSet, Pixels, need_root
+from masksparsity.errors import MaskSparsityError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError
 
 
 @dataclass(frozen=True, slots=True)

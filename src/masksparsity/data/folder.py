@@ -8,10 +8,10 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.data.config import DataConfig
 from masksparsity.data.decode import ImageFile, decode_all
 from masksparsity.data.imageset import Files, ImageSet, Pixels, Split, need_root
+from masksparsity.errors import MaskSparsityError
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _LAYOUT = "train/<class>/<image> and val/<class>/<image> (or test/...)"

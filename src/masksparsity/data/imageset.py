@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError
 
 if TYPE_CHECKING:
     from masksparsity.data.decode import ImageFile

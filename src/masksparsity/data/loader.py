@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError
 
 Batch = tuple[Tensor, Tensor]
 """Images [B, C, H, W], float32, normalised, channels_last, and labels [B], int64; on the device."""

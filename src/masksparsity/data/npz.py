@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.data.config import DataConfig
 from masksparsity.data.imageset import ImageSet, Pixels, need_root
 from masksparsity.data.loader import Data
+from masksparsity.errors import MaskSparsityError
 from masksparsity.models.userfunction import user_function
 
 

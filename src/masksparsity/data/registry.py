@@ -5,7 +5,6 @@ from difflib import get_close_matches
 
 import torch
 
-from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.data.cifar import cifar
 from masksparsity.data.config import DataConfig
 from masksparsity.data.folder import folder
@@ -14,6 +13,7 @@ from masksparsity.data.loader import Data, Loader, Normalize, Plan
 from masksparsity.data.npz import digits, npz, user
 from masksparsity.data.resident import ResidentLoader
 from masksparsity.data.streaming import StreamingLoader
+from masksparsity.errors import MaskSparsityError
 
 _SOURCES: dict[str, Callable[[DataConfig], ImageSet]] = {
     "digits": digits,

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as encode
 from torch import nn
 
-from masksparsity.channels.errors import MaskSparsityError
-from masksparsity.channels.network import named_tensors, unwrap
 from masksparsity.channels.surgery import WRITTEN_DOWN, rebuild
+from masksparsity.errors import MaskSparsityError
 from masksparsity.models.registry import Constructor, constructor
+from masksparsity.tracing.network import named_tensors, unwrap
 
 from . import atomic
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from masksparsity.failure import RunFailure
+from masksparsity.errors import RunFailure
 
 
 def write(path: Path, data: bytes) -> None:

@@ -11,9 +11,9 @@ from safetensors.torch import load as decode
 from safetensors.torch import save as encode
 from torch import Tensor
 
-from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.channels.groups import ChannelGraph
 from masksparsity.channels.mask import KeepMask
+from masksparsity.errors import MaskSparsityError
 
 from . import atomic
 

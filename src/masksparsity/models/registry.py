@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError
 from masksparsity.models.resnet import DEPTHS, CifarResNet
 from masksparsity.models.userfunction import user_function
 from masksparsity.models.vgg import CifarVGG

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError
 
 DEPTHS = (20, 32, 44, 56, 110)
 

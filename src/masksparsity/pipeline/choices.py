@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 import masksparsity as ms
-from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.channels.penalty import Penalty
+from masksparsity.errors import MaskSparsityError
 from masksparsity.pipeline.config import MaskConfig, MaskSparsifyConfig
 from masksparsity.train import dist
 

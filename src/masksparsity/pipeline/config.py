@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.data import DataConfig
+from masksparsity.errors import MaskSparsityError
 from masksparsity.pipeline.typed import build
 from masksparsity.train.config import Phase, TrainConfig
 

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError
 from masksparsity.files import atomic
 from masksparsity.train.loop import CHECKPOINT
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError
 from masksparsity.pipeline.choices import choose_mask
 from masksparsity.pipeline.origin import origin
 from masksparsity.pipeline.rundir import CONFIG

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import masksparsity as ms
-from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.data import Data
 from masksparsity.data import create as create_data
+from masksparsity.errors import MaskSparsityError
 from masksparsity.pipeline.config import Config
 from masksparsity.pipeline.rundir import FILES, RunDir
 from masksparsity.train import dist

@@ -5,7 +5,7 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
-from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError
 from masksparsity.files import atomic
 from masksparsity.report.figures import PLOTS, Draw, accuracy_over_runs, layers
 from masksparsity.report.results import (

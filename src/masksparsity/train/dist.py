@@ -11,7 +11,7 @@ import torch.distributed as td
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError
 
 
 def start(device: str) -> torch.device:

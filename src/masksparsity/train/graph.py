@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError
 
 # CUDA's libraries allocate in their first calls, and so does SGD: not inside a capture.
 WARM_UP = 3

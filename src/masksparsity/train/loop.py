@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from masksparsity.channels.errors import MaskSparsityError
 from masksparsity.channels.penalty import Penalty
 from masksparsity.data import Data
-from masksparsity.failure import RunFailure
+from masksparsity.errors import MaskSparsityError, RunFailure
 from masksparsity.files import atomic, checkpoint
 from masksparsity.train import dist
 from masksparsity.train.config import Phase, TrainConfig

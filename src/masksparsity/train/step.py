@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from masksparsity.channels.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError
 from masksparsity.train import dist
 from masksparsity.train.config import Phase, TrainConfig
 from masksparsity.train.graph import Captured, CaptureStream

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from .labels import Labels
-from .trace import Rule, Tracer, numbers
+from .tracer import Rule, Tracer, numbers
 
 RULES: dict[str, Rule] = {}
 

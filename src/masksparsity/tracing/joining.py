@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .labels import ANONYMOUS, Labels
 from .movement import unsqueeze
-from .trace import Rule, Tracer
+from .tracer import Rule, Tracer
 
 
 def cat(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:

@@ -1,6 +1,8 @@
-"""What goes wrong while running, as opposed to what was asked for wrongly."""
+"""What users are told when something cannot be done."""
 
-from masksparsity.channels.errors import MaskSparsityError
+
+class MaskSparsityError(ValueError):
+    """A user's mistake, or a refusal to prune: names the layer or the file, and what to do."""
 
 
 class RunFailure(MaskSparsityError):

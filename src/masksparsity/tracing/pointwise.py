@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .labels import Labels
-from .trace import Rule, Tracer, numbers
+from .tracer import Rule, Tracer, numbers
 
 
 def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:

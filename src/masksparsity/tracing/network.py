@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .errors import MaskSparsityError
+from ..errors import MaskSparsityError
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

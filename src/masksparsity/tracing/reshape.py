@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .cuts import rows
 from .labels import Labels
-from .trace import Rule, Tracer
+from .tracer import Rule, Tracer
 
 
 def reshape(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:

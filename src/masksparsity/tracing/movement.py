@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import cuts
 from .labels import Labels
-from .trace import Rule, Tracer, numbers
+from .tracer import Rule, Tracer, numbers
 
 
 def _same(x: Tensor, m: Labels, args: Any) -> Labels:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .labels import Labels
-from .trace import Rule, Tracer
+from .tracer import Rule, Tracer
 
 
 def rows(ids: Tensor, axis: int) -> Tensor:

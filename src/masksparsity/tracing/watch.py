@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .labels import Reason
-from .trace import Tracer
+from .tracer import Tracer
 
 _WAYS_OUT = ("numpy", "__array__", "tolist", "data_ptr", "__dlpack__", "untyped_storage")
 _LEAVING = frozenset(getattr(Tensor, name) for name in _WAYS_OUT)

@@ -17,7 +17,7 @@ from .network import (
     tensors_in,
     unchanged,
 )
-from .trace import Rule, Tracer
+from .tracer import Rule, Tracer
 from .watch import Calls, escapes, module_stack
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .labels import Reason
-from .trace import Rule, Tracer
+from .tracer import Rule, Tracer
 
 RULES: dict[str, Rule] = {}
 

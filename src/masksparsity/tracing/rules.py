@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import cuts, joining, movement, pointwise, recurrent, reshape, space
 from .labels import Labels, Norm, Product
-from .trace import Rule, Tracer
+from .tracer import Rule, Tracer
 
 RULES: dict[str, Rule] = {
     **movement.RULES,
