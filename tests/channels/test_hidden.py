@@ -288,12 +288,16 @@ class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.n = nn.InstanceNorm2d(8, affine=True)
+        self.p = nn.Parameter(row(8))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.n(x)
+        return x + self.n(x) * self.p.view(1, -1, 1, 1)
 
 
-@pytest.mark.parametrize("norm", [Residual, lambda: nn.InstanceNorm2d(8, affine=True)])
+@pytest.mark.parametrize(
+    "norm",
+    [Residual, lambda: nn.InstanceNorm2d(8, affine=True), lambda: FrozenBatchNorm2d(8)],
+)
 def test_one_channel_left_of_an_instance_norm(norm):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), norm(), nn.Conv2d(8, 2, 1))
     x = torch.randn(3, 3, 7, 7, dtype=torch.double)

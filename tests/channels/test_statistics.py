@@ -1,8 +1,11 @@
 """Norms that people write by hand: what they keep of the batches goes with the channels."""
 
+from collections import deque
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import masksparsity as ms
 
@@ -59,7 +62,18 @@ def shifted(norm: HandWritten, mean: Tensor, var: Tensor) -> None:
     norm.var.mul_(0.9).add_(var, alpha=0.1)
 
 
-@pytest.mark.parametrize("keep", [decayed, interpolated, copied, assigned, shifted])
+def moved(norm: HandWritten, mean: Tensor, var: Tensor) -> None:
+    norm.mean = norm.mean + mean.exp()
+
+
+def rolled(norm: HandWritten, mean: Tensor, var: Tensor) -> None:
+    norm.mean = norm.mean.roll(1)
+
+
+FREE = {decayed: 14, interpolated: 14, copied: 14, assigned: 14, shifted: 0, moved: 0, rolled: 2}
+
+
+@pytest.mark.parametrize("keep", FREE)
 def test_statistics_go_with_their_channels(keep):
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -69,7 +83,7 @@ def test_statistics_go_with_their_channels(keep):
     x = torch.randn(4, 3, 8, 8, dtype=torch.double)
     model = calibrated(model, x)
     graph = ms.trace(model, x)
-    assert len(graph.prunable) == (0 if keep is shifted else 2)
+    assert sum(g.size for g in graph.prunable) == FREE[keep]
     for seed in range(3):
         mask = random_mask(graph, seed)
         masked, slim = ms.apply_mask(model, graph, mask), ms.prune(model, graph, mask)
@@ -77,3 +91,62 @@ def test_statistics_go_with_their_channels(keep):
             masked.train(training), slim.train(training)
             with torch.no_grad():
                 assert _distance(masked(x), slim(x)) <= TOLERANCE
+
+
+class Reading(nn.Module):
+    """The statistics of a norm behind a sigmoid are read as values, too."""
+
+    def __init__(self, copies: bool) -> None:
+        super().__init__()
+        self.a, self.n, self.b = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+        self.copies = copies
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, n = self.a(x).sigmoid(), self.n
+        if self.copies:
+            mean, var = n.running_mean.clone(), n.running_var.clone()
+            y = F.batch_norm(x, mean, var, n.weight, n.bias, self.training)
+            if self.training:
+                n.running_mean.copy_(mean)
+        else:
+            y = n(x)
+        return self.b(y.relu() + n.running_mean.view(-1, 1, 1)).mean((2, 3))
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_statistics_of_what_does_not_vanish_are_protected_where_they_are_read(copies):
+    model, x = Reading(copies), torch.randn(4, 3, 8, 8)
+    graph = ms.trace(model, x)
+    (group,) = (g for g in graph.groups if ("a.weight", 0) in g.slots)
+    assert "written in forward" in str(group.reason)
+
+
+class Keeping(nn.Module):
+    def __init__(self, keep) -> None:
+        super().__init__()
+        self.a, self.keep = nn.Conv2d(3, 8, 1), keep
+        self.register_buffer("m", torch.ones(8))
+        self.register_buffer("v", torch.ones(8))
+        self.seen, self.log = deque([1], maxlen=3), {"steps": [[1]]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        self.keep(self, x)
+        return x.mean((2, 3))
+
+
+KEPT = {
+    "many at once": lambda s, x: torch._foreach_mul_([s.m, s.v], 0.5),
+    "by a norm": lambda s, x: F.batch_norm(x, s.m, s.v, training=True),
+    "in a queue": lambda s, x: s.seen.append(2),
+    "deep inside": lambda s, x: s.log["steps"][0].append(2),
+}
+
+
+@pytest.mark.parametrize("how", KEPT)
+def test_what_forward_keeps_is_undone(how):
+    model = Keeping(KEPT[how])
+    ms.trace(model, torch.randn(4, 3, 8, 8))
+    assert torch.equal(model.m, torch.ones(8))
+    assert torch.equal(model.v, torch.ones(8))
+    assert (model.seen, model.log) == (deque([1]), {"steps": [[1]]})

@@ -213,6 +213,34 @@ def test_layers_that_are_skipped_at_random(library):
     assert [g.name for g in graph.prunable] == ["stem"]
 
 
+def _maybe_sigmoid(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return x.sigmoid() if model.training and random.random() < 0.5 else x
+
+
+def _maybe_half(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    share = random.choice([0.5, 1.0]) if model.training else 1.0
+    kept = int(x.shape[1] * share)
+    return torch.cat([x[:, :kept], x[:, kept:] * 0], 1)
+
+
+@pytest.mark.parametrize("operation", [_maybe_sigmoid, _maybe_half])
+def test_what_happens_at_random_in_training_holds_in_the_slim_network(operation):
+    class Random(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(operation(self, self.norm(self.a(x))))
+
+    model = Random(torch.relu)
+    graph = ms.trace(model, X)
+    keep = ms.KeepMask(graph, {g.name: torch.arange(8) > 1 for g in graph.prunable}).repaired()
+    masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
+    for seed in range(8):
+        found = []
+        for network in (masked, slim):
+            random.seed(seed)
+            found.append(network.train()(X))
+        torch.testing.assert_close(*found)
+
+
 def test_a_users_rule_widens_the_table():
     def along_channels(t, op, args, kwargs, out, inplace):
         t.record(t.labels(args[0]))

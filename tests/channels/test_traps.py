@@ -143,6 +143,11 @@ OPERATIONS = {
     "value by width": lambda x: x * torch.arange(100.0)[x.shape[1]],
     "values up to width": lambda x: x * torch.arange(100.0)[: x.shape[1]].sum(),
     "roll by width": lambda x: x * torch.arange(100.0).roll(x.shape[1])[:1],
+    "view by width": lambda x: x * torch.arange(840.0).view(-1, x.shape[1])[1, 0],
+    "turned by width": lambda x: x * torch.arange(840.0).view(-1, x.shape[1]).t().reshape(-1)[1],
+    "split by width": lambda x: x * torch.arange(840.0).split(x.shape[1])[1][0],
+    "behind ones": lambda x: x * torch.cat([x.new_ones(x.shape[1]), x.new_zeros(9)])[6],
+    "padded ones": lambda x: x * F.pad(x.new_ones(x.shape[1]), (0, 9))[6],
     "long list": lambda x: x * torch.tensor([float(x.shape[1])] * 65, dtype=x.dtype)[:1],
     "pairs apart": lambda x: (
         x.reshape(len(x), -1, 2, 8, 8).transpose(1, 2).reshape(len(x), -1, 8, 8)

@@ -56,6 +56,8 @@ def trace(
     if theirs or tracer.untouched():
         run_training(tracer, model, args, kwargs)
     protect_units(tracer)
+    spoilt = tracer.spoilt.keys() & tracer.producers
+    tracer.pins += [(tracer.slots[slot], tracer.spoilt[slot]) for slot in sorted(spoilt)]
     for name in protect:
         tracer.operation = "protect="
         for slot in _made_by(tracer, name):

@@ -39,7 +39,7 @@ class Operations(TorchDispatchMode):
         if known is None:
             known = self._known[id(func)] = self._look_up(func)
         rule, operation, inplace, writes = known
-        given = self._before(func, args, kwargs) if writes else args
+        given = self._before(func, operation, args, kwargs) if writes else args
         try:
             out = func(*args, **kwargs)
         except Exception as error:
@@ -52,10 +52,15 @@ class Operations(TorchDispatchMode):
             rule(tracer, operation, given, kwargs, out, inplace)
         return out
 
-    def _before(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _before(self, func: Any, operation: str, args: Any, kwargs: Any) -> Any:
         """An operation is about to write, or to hand out an alias: keep what may be overwritten of
         the model's own, and what its rule has to know of a tensor that changes shape in place."""
-        for x in (*args[:1], *kwargs.values()):
+        written = args[:1]
+        if "batch_norm" in operation:
+            written = args[3:5] if args[5] else ()  # statistics, while training
+        elif args and isinstance(args[0], (list, tuple)):
+            written = args[0]
+        for x in (*written, *kwargs.values()):
             if isinstance(x, Tensor):
                 self.tracer.spare(x if x._base is None else x._base)
         if torch.Tag.inplace_view not in func.tags:
@@ -82,24 +87,34 @@ def _schema(func: Any) -> tuple[str, bool, bool, bool]:
     base = name.removeprefix("aten::")
     base = base[:-1] if inplace else base
     into = any(a.is_out for a in func._schema.arguments)
-    return base, inplace, mutable or base in ("detach", "alias"), into
+    writes = mutable or base in ("detach", "alias") or "batch_norm" in base
+    return base, inplace, writes, into
 
 
-def run(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, training: bool = False) -> Any:
-    """One forward in eval mode without gradients; model, RNG and mode stay as they were."""
-    with (
-        contextlib.ExitStack() as stack,
-        unchanged(tracer.modules.values()),
-        evaluating(tracer.modules.values(), training),
-        eager(),
-        torch.no_grad(),
-        module_stack(tracer),
-        Calls(tracer) if tracer.given else escapes(tracer),
-        fused_attention_off(),
-        Operations(tracer),
-    ):
+def run(
+    tracer: Tracer,
+    model: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    training: bool = False,
+    seed: int = 0,
+) -> bool:
+    """One forward without gradients; model, RNG and mode stay as they were. Did it, in training,
+    draw random numbers?"""
+    with contextlib.ExitStack() as stack, unchanged(tracer.modules.values()):
         stack.callback(tracer.restore)
-        out = model(*args, **kwargs)
+        with (
+            evaluating(tracer.modules.values(), training, seed) as drawn,
+            eager(),
+            torch.no_grad(),
+            module_stack(tracer),
+            Calls(tracer) if tracer.given else escapes(tracer),
+            fused_attention_off(),
+            Operations(tracer),
+        ):
+            out = model(*args, **kwargs)
+            random = training and drawn()
+        tracer.assigned()
     tracer.operation = "output"
     found = [m for t in tensors_in(out) for m in tracer.labels(t)]
     tracer.record(found)
@@ -107,25 +122,37 @@ def run(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, training: b
     tracer.pin(found, "model output")
     for tensor in tensors_in(out):
         tracer.forget(tensor)
-    return out
+    return random
 
 
 def run_training(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict) -> None:
-    """One more forward, in train mode, for auxiliary heads that are used there only. Where it
-    fails (for want of targets, say) nothing has been learnt."""
-    buffers = [(t, t.clone()) for t in tracer.tensors.values() if not isinstance(t, nn.Parameter)]
+    """More forwards, in train mode, for what is done there only, such as auxiliary heads; several
+    where it may depend on random numbers. What fails (for want of targets, say) teaches nothing."""
     args, kwargs = tree_map(at_least_two, (args, kwargs))
+    for seed in range(_DRAWS):
+        if not _run_training(tracer, model, args, kwargs, seed):
+            return
+
+
+_DRAWS = 4
+
+
+def _run_training(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, seed: int) -> bool:
+    """Is it worth another one?"""
+    buffers = [(t, t.clone()) for t in tracer.tensors.values() if not isinstance(t, nn.Parameter)]
     t = tracer
     kept = (t.edges, t.pins, t.records, t.products, t.swallowed, t.cuts)
     lengths = [len(part) for part in kept]
     try:
-        run(tracer, model, args, kwargs, training=True)
+        random = run(tracer, model, args, kwargs, training=True, seed=seed)
         tracer.trained = True
+        return random
     except Exception:
         if tracer.given:
             raise
         for part, length in zip(kept, lengths, strict=True):
             del part[length:]  # type: ignore[attr-defined]
+        return False
     finally:
         del tracer.products[lengths[3] :]  # costs are those of inference
         with torch.no_grad():

@@ -31,6 +31,7 @@ def _join(
 ) -> None:
     labels = [m for ms in found for m in ms]
     if not labels:
+        t.record((), [n for shape in shapes for n in shape])
         t.set(out, ())
         return
     t.record(labels)
@@ -61,7 +62,7 @@ def pad(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) 
     x, widths, value = (*args, 0)[:3]
     padded = {x.ndim - 1 - k // 2 for k, width in enumerate(widths) if width}
     found = t.labels(x)
-    t.record(found, widths)
+    t.record(found, widths if found else [*x.shape, *widths])
     result = []
     for m in found:
         if m.axes & padded:

@@ -131,8 +131,8 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
                     t.viewed(part)
         found = t.labels(x)
         if not found and not hasattr(out, "_masksparsity_labels"):
-            if move in _PICKING:  # which of its values may follow from a width
-                t.record((), numbers(tree_leaves(rest)))
+            if move is not _same:  # which of its values come where may follow from a width
+                t.record((), [*x.shape, *numbers(tree_leaves(rest))])
             return
         named = {k: v for k, v in kwargs.items() if k in ("dim", "start", "end", "step", "index")}
         if move in _CUTS and not t.given:
@@ -151,8 +151,6 @@ _CUTS: dict[Any, Callable[..., None]] = {
     _permute: cuts.permute,
     _transpose: cuts.transpose,
 }
-
-_PICKING = (_select, _slice, _roll)
 
 RULES: dict[str, Rule] = {}
 RULES.update(dict.fromkeys(["clone", "contiguous", "_to_copy", "to"], _movement(_same, False)))

@@ -4,7 +4,8 @@ import contextlib
 import copy
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -110,36 +111,52 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 @contextlib.contextmanager
-def evaluating(modules: Iterable[nn.Module], training: bool = False) -> Iterator[None]:
-    """Eval (or train) mode; modes and random state are restored afterwards."""
+def evaluating(
+    modules: Iterable[nn.Module], training: bool = False, seed: int = 0
+) -> Iterator[Callable[[], bool]]:
+    """Eval (or train) mode; modes and random state are restored afterwards. Gives a function that
+    tells whether random numbers were drawn (on a GPU, they always may have been)."""
     modes = [(module, module.training) for module in modules]
     tensors = tensors_of(("", m) for m, _ in modes) if torch.cuda.is_initialized() else ()
-    with _same_randomness({t.device.index for _, t in tensors if t.is_cuda}):
+    devices = {t.device.index for _, t in tensors if t.is_cuda}
+    with _seeded(devices, seed) as drawn:
         try:
             _set_modes((module, training) for module, _ in modes)
-            yield
+            yield drawn
         finally:
             _set_modes(modes)
 
 
 @contextlib.contextmanager
-def _same_randomness(devices: set[int]) -> Iterator[None]:
+def _seeded(devices: set[int], seed: int) -> Iterator[Callable[[], bool]]:
     """Code that skips layers at random takes the same way each time; what the generators of
     PyTorch, Python and NumPy would have said next, they say afterwards."""
     numpy = getattr(sys.modules.get("numpy"), "random", None)
     with torch.random.fork_rng(devices=devices), contextlib.ExitStack() as states:
         states.callback(random.setstate, random.getstate())
+        random.seed(seed)
         if numpy is not None:
             states.callback(numpy.set_state, numpy.get_state())
-            numpy.seed(0)
-        random.seed(0)
-        for generator in (torch.default_generator, *map(_generator, devices)):
-            generator.manual_seed(0)
-        yield
+            numpy.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
+
+        begun = [torch.get_rng_state(), random.getstate(), _position(numpy)]
+
+        def drawn() -> bool:
+            same = torch.equal(begun[0], torch.get_rng_state()) and not devices
+            return not same or begun[1:] != [random.getstate(), _position(numpy)]
+
+        yield drawn
 
 
-def _generator(device: int) -> torch.Generator:
-    return torch.cuda.default_generators[device]
+def _position(numpy: Any) -> Any:
+    """How far NumPy's generator has come since it was seeded."""
+    if numpy is None:
+        return None
+    _, key, *position = numpy.get_state()
+    return key.tobytes(), position
 
 
 def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
@@ -167,6 +184,15 @@ def fused_attention_off() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+def _containers(value: Any) -> Iterator[Any]:
+    """A dict, list, set or deque, and those in it."""
+    if isinstance(value, (dict, list, set, deque)):
+        yield value
+        for inner in value.values() if isinstance(value, dict) else value:
+            if isinstance(inner, (dict, list, set, deque)):
+                yield from _containers(inner)
+
+
 # What every module has and no forward writes.
 _HOOKS = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}
 
@@ -179,8 +205,7 @@ def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
         state = vars(module)
         kept.append((state, state.copy()))
         for key in state.keys() - _HOOKS:
-            if isinstance(value := state[key], (dict, list, set)):
-                inner.append((value, value.copy()))
+            inner += [(value, value.copy()) for value in _containers(state[key])]
     try:
         yield
     finally:
@@ -190,4 +215,4 @@ def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
                 del state[key]
         for value, was in inner:
             value.clear()
-            value.extend(was) if isinstance(value, list) else value.update(was)
+            value.extend(was) if isinstance(value, (list, deque)) else value.update(was)

@@ -98,7 +98,7 @@ def _merge(
                 if axes & other_axes and index not in clean:
                     t.unite(ids, other)
                     if axes != other_axes:
-                        other = torch.broadcast_tensors(ids, other)[0]
+                        other = torch.broadcast_tensors(ids, other)[1]
                     merged[k] = (other, axes | other_axes, {**clean, index: m.clean})
                     break
             else:

@@ -14,13 +14,15 @@ def reshape(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bo
     x = args[0]
     t.viewed(x)
     found = t.labels(x)
+    if not found:
+        t.record((), [*x.shape, *out.shape])
     if found or hasattr(out, "_masksparsity_labels"):
         new = tuple(out.shape)
         for m in found:
             _unflatten(t, x, m, new)
         moved = [_view(x, m, new) for m in found]
         if t.given:
-            moved = [_with_channels(m) for m in moved]
+            moved = [_with_channels(m, new) for m in moved]
         t.set(out, moved)
         if tuple(x.shape) != new and not t.given:
             for m in moved:
@@ -45,10 +47,10 @@ def _view(x: Tensor, m: Labels, new: Sequence[int]) -> Labels:
     return m._replace(ids=m.ids.expand(expand).reshape(shape), axes=frozenset(axes))
 
 
-def _with_channels(m: Labels) -> Labels:
+def _with_channels(m: Labels, shape: tuple[int, ...]) -> Labels:
     """A lone channel that a view has laid along the batch also lies along its own axis, as its
     companions did."""
-    if m.axes != {0} or m.ids.ndim < 2 or m.ids.shape[1] > 1 or bool((m.ids != m.ids[0]).any()):
+    if m.axes != {0} or shape[1:2] != (1,) or bool((m.ids != m.ids[0]).any()):
         return m
     return m._replace(axes=frozenset({0, 1}))
 

@@ -237,6 +237,10 @@ def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
     name = t.names.get(id(weight))
     if name is not None and name not in t.norms:
         t.norms[name] = Norm(t.module, name, t.names.get(id(bias)))
+    if args[5] and not seen.clean:  # while training it writes statistics of what does not vanish
+        for tensor in statistics:
+            if isinstance(tensor, Tensor):
+                t.spoil(tensor)
     makers = [n for n, _ in seen.sources if (n, 1) in t.consumers]
     if len(makers) == 1 and statistics[0] is not None and id(statistics[0]) in t.names:
         t.behind[makers[0]] = t.names[id(statistics[0])]

@@ -17,6 +17,7 @@ from .network import tensors_in, tensors_of
 
 _LABELS, _VIEWED = "_masksparsity_labels", "_masksparsity_viewed"
 _BLANK = "_masksparsity_blank"
+_WRITTEN = "a parameter or buffer is written in forward"
 
 Rule = Callable[["Tracer", str, Any, Any, Any, bool], None]
 """`rule(tracer, operation, args, kwargs, out, inplace)`, called after the operation ran."""
@@ -73,6 +74,7 @@ class Tracer:
         self.left: list[tuple[Tensor, Reason]] = []  # values that left PyTorch during the proof
         self.touched: set[str] = set()  # names of the tensors that took part
         self.trained = False
+        self.spoilt: dict[Slot, Reason] = {}
         self.token = object()
         self.spared: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._own: dict[str, tuple[Labels, ...]] = {}
@@ -129,13 +131,36 @@ class Tracer:
         if inplace and id(out) in self.names:
             # Such as running statistics: where zero stays zero, later forwards find what they know.
             lost = [m for m in labels if not m.clean]
-            self.pin(lost, "a parameter or buffer is written in forward")
+            self.pin(lost, _WRITTEN)
             return
         if inplace and (getattr(out, _VIEWED, False) or out._is_view()):
             # Others see the same memory and still believe that its zeros stay zero.
             self.pin([m for m in labels if not m.clean], "a view is overwritten")
         if labels or hasattr(out, _LABELS):
             setattr(out, _LABELS, (self.token, labels))
+
+    def spoil(self, tensor: Tensor) -> None:
+        """Values that are not zero where their producers are have been written to a tensor."""
+        name = self.names.get(id(tensor))
+        if name is None:
+            self.set(tensor, [m._replace(clean=False) for m in self.labels(tensor)])
+        elif (slot := (name, 0)) in self.slots:
+            self.spoilt[slot] = Reason(_WRITTEN, self.operation, self.module)
+
+    def assigned(self) -> None:
+        """Parameters and buffers that forward has put others in the place of: as if it had
+        written into them."""
+        for path, module in self.modules.items():
+            for key, now in (*module._parameters.items(), *module._buffers.items()):
+                was = self.tensors.get(f"{path}.{key}" if path else key)
+                if was is None or now is None or now is was:
+                    continue
+                self.operation, self.stack[-1] = f"{key} =", path
+                if now.shape == was.shape:
+                    self.rules["copy"](self, self.operation, (was, now), {}, was, True)
+                else:
+                    self.pin(self.labels(now), _WRITTEN)
+        self.stack[-1] = ""
 
     def viewed(self, tensor: Tensor) -> None:
         setattr(tensor, _VIEWED, True)
