@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import cuts
 from .labels import Labels
-from .tracer import Rule, Tracer, numbers
+from .tracer import Rule, Tracer, extents, numbers
 
 
 def _same(x: Tensor, m: Labels, args: Any) -> Labels:
@@ -132,7 +132,8 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
         found = t.labels(x)
         if not found and not hasattr(out, "_masksparsity_labels"):
             if move is not _same:  # which of its values come where may follow from a width
-                t.record((), [*x.shape, *numbers(tree_leaves(rest))])
+                how = [] if move is _expand else numbers(tree_leaves(rest))
+                t.record((), [*extents(x), *how])
             return
         named = {k: v for k, v in kwargs.items() if k in ("dim", "start", "end", "step", "index")}
         if move in _CUTS and not t.given:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .cuts import rows
 from .labels import Labels
-from .tracer import Rule, Tracer
+from .tracer import Rule, Tracer, extents
 
 
 def reshape(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
@@ -15,7 +15,7 @@ def reshape(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bo
     t.viewed(x)
     found = t.labels(x)
     if not found:
-        t.record((), [*x.shape, *out.shape])
+        t.record((), [*extents(x), *extents(out)])
     if found or hasattr(out, "_masksparsity_labels"):
         new = tuple(out.shape)
         for m in found:

@@ -347,3 +347,11 @@ def numbers(args: Iterable[Any]) -> tuple[Any, ...]:
     """Python's numbers among the arguments of an operation: they may follow from a width, and then
     change with it. Sizes, which come in lists, follow by right."""
     return tuple([a for a in args if isinstance(a, (int, float))])
+
+
+def extents(x: Tensor) -> list[int]:
+    """The lengths of the axes; of those along which a tensor was expanded 1, as it has one value
+    there."""
+    if x.layout != torch.strided:
+        return [*x.shape]
+    return [n if stride else 1 for n, stride in zip(x.shape, x.stride(), strict=True)]
