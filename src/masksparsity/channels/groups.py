@@ -93,8 +93,8 @@ class ChannelGraph:
     """Pieces that must keep equal counts."""
     cuts: tuple[Cut, ...]
     """Where code takes axes apart, in units."""
-    training: bool
-    """Traced in train mode as well, since some parameters are used there only."""
+    training: int
+    """How many times it was traced in train mode as well, for what is done there only."""
     records: tuple[Record, ...]
     """What operations read, in labels: several may be of one unit, and their order matters."""
     labels: Mapping[Slot, Tensor]

@@ -49,7 +49,7 @@ def records_now(model: nn.Module, graph: ChannelGraph) -> tuple[Record, ...]:
     args, kwargs = like(graph.example, model)
     run(tracer, model, args, kwargs)
     if graph.training:
-        run_training(tracer, model, args, kwargs)
+        run_training(tracer, model, args, kwargs, graph.training)
     return tuple(tracer.records)
 
 
@@ -65,7 +65,7 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
     try:
         run(tracer, slim, args, kwargs)
         if graph.training:
-            run_training(tracer, slim, args, kwargs)
+            run_training(tracer, slim, args, kwargs, graph.training)
     except Exception as error:
         failure = error
     _compare(slim, tracer, graph, stays, ran=failure is None)

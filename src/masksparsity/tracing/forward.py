@@ -99,8 +99,9 @@ def run(
     training: bool = False,
     seed: int = 0,
 ) -> bool:
-    """One forward without gradients; model, RNG and mode stay as they were. Did it, in training,
-    draw random numbers?"""
+    """One forward without gradients; model, RNG and mode stay as they were. May it, in training,
+    take another way next time?"""
+    tracer.decided = False
     with contextlib.ExitStack() as stack, unchanged(tracer.modules.values()):
         stack.callback(tracer.restore)
         with (
@@ -113,7 +114,7 @@ def run(
             Operations(tracer),
         ):
             out = model(*args, **kwargs)
-            random = training and drawn()
+            random = training and drawn(tracer.decided)
         tracer.assigned()
     tracer.operation = "output"
     found = [m for t in tensors_in(out) for m in tracer.labels(t)]
@@ -125,12 +126,15 @@ def run(
     return random
 
 
-def run_training(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict) -> None:
+def run_training(
+    tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, times: int | None = None
+) -> None:
     """More forwards, in train mode, for what is done there only, such as auxiliary heads; several
-    where it may depend on random numbers. What fails (for want of targets, say) teaches nothing."""
+    where its way may depend on random numbers, or as many as are given. What fails (for want of
+    targets, say) teaches nothing."""
     args, kwargs = tree_map(at_least_two, (args, kwargs))
-    for seed in range(_DRAWS):
-        if not _run_training(tracer, model, args, kwargs, seed):
+    for seed in range(times or _DRAWS):
+        if not _run_training(tracer, model, args, kwargs, seed) and times is None:
             return
 
 
@@ -145,7 +149,7 @@ def _run_training(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, s
     lengths = [len(part) for part in kept]
     try:
         random = run(tracer, model, args, kwargs, training=True, seed=seed)
-        tracer.trained = True
+        tracer.trained += 1
         return random
     except Exception:
         if tracer.given:

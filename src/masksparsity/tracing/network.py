@@ -113,9 +113,13 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 @contextlib.contextmanager
 def evaluating(
     modules: Iterable[nn.Module], training: bool = False, seed: int = 0
-) -> Iterator[Callable[[], bool]]:
-    """Eval (or train) mode; modes and random state are restored afterwards. Gives a function that
-    tells whether random numbers were drawn (on a GPU, they always may have been)."""
+) -> Iterator[Callable[[bool], bool]]:
+    """Eval (or train) mode; modes and random state are restored afterwards.
+
+    Gives a function that tells whether Python may have taken a way by random numbers: by its own
+    or NumPy's, or by PyTorch's if values of tensors came to it (on a GPU, some may always have been
+    drawn).
+    """
     modes = [(module, module.training) for module in modules]
     tensors = tensors_of(("", m) for m, _ in modes) if torch.cuda.is_initialized() else ()
     devices = {t.device.index for _, t in tensors if t.is_cuda}
@@ -128,7 +132,7 @@ def evaluating(
 
 
 @contextlib.contextmanager
-def _seeded(devices: set[int], seed: int) -> Iterator[Callable[[], bool]]:
+def _seeded(devices: set[int], seed: int) -> Iterator[Callable[[bool], bool]]:
     """Code that skips layers at random takes the same way each time; what the generators of
     PyTorch, Python and NumPy would have said next, they say afterwards."""
     numpy = getattr(sys.modules.get("numpy"), "random", None)
@@ -144,9 +148,10 @@ def _seeded(devices: set[int], seed: int) -> Iterator[Callable[[], bool]]:
 
         begun = [torch.get_rng_state(), random.getstate(), _position(numpy)]
 
-        def drawn() -> bool:
-            same = torch.equal(begun[0], torch.get_rng_state()) and not devices
-            return not same or begun[1:] != [random.getstate(), _position(numpy)]
+        def drawn(decided: bool) -> bool:
+            if begun[1:] != [random.getstate(), _position(numpy)]:
+                return True
+            return decided and (bool(devices) or not torch.equal(begun[0], torch.get_rng_state()))
 
         yield drawn
 

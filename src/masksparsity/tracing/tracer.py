@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .labels import ANONYMOUS, NOTHING, Cut, Labels, Norm, Product, Reason, Record, Slot
 from .network import tensors_in, tensors_of
 
+_DECIDING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
 _LABELS, _VIEWED = "_masksparsity_labels", "_masksparsity_viewed"
 _BLANK = "_masksparsity_blank"
 _WRITTEN = "a parameter or buffer is written in forward"
@@ -73,7 +74,8 @@ class Tracer:
         self.cuts: list[Cut] = []
         self.left: list[tuple[Tensor, Reason]] = []  # values that left PyTorch during the proof
         self.touched: set[str] = set()  # names of the tensors that took part
-        self.trained = False
+        self.trained = 0  # forwards in train mode
+        self.decided = False  # values came to Python, which may have chosen its way by them
         self.spoilt: dict[Slot, Reason] = {}
         self.token = object()
         self.spared: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -294,6 +296,7 @@ class Tracer:
 
     def unknown(self, args: Any, kwargs: Any, out: Any) -> None:
         """Protect all that flows in; what comes out has no channels that we know."""
+        self.decided |= self.operation in _DECIDING
         found = [m for t in tensors_in((args, kwargs)) for m in self.labels(t)]
         # What it computes may follow from the width of a tensor of ones.
         sizes = [n for t in tensors_in((args, kwargs)) if not self.labels(t) for n in t.shape]
