@@ -189,13 +189,12 @@ def fused_attention_off() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _containers(value: Any) -> Iterator[Any]:
-    """A dict, list, set or deque, and those in it."""
-    if isinstance(value, (dict, list, set, deque)):
-        yield value
+def _containers(value: Any, found: dict[int, Any]) -> None:
+    """Add a dict, list, set or deque to `found`, by its id, and those in it: some hold themselves."""
+    if isinstance(value, (dict, list, set, deque)) and id(value) not in found:
+        found[id(value)] = value
         for inner in value.values() if isinstance(value, dict) else value:
-            if isinstance(inner, (dict, list, set, deque)):
-                yield from _containers(inner)
+            _containers(inner, found)
 
 
 # What every module has and no forward writes.
@@ -205,12 +204,14 @@ _HOOKS = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}
 @contextlib.contextmanager
 def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
     """What forward writes into its modules (a cache, a counter) is undone."""
-    kept, inner = [], []
+    kept: list[tuple[dict, dict]] = []
+    containers: dict[int, Any] = {}
     for module in modules:
         state = vars(module)
         kept.append((state, state.copy()))
         for key in state.keys() - _HOOKS:
-            inner += [(value, value.copy()) for value in _containers(state[key])]
+            _containers(state[key], containers)
+    inner = [(value, value.copy()) for value in containers.values()]
     try:
         yield
     finally:
