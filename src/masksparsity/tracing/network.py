@@ -44,11 +44,25 @@ def unwrap(model: nn.Module) -> nn.Module:
 def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy, also of a model that keeps tensors with a history, such as caches."""
     memo = dict(memo or {})
+    found: dict[int, Any] = {}
     for module in model.modules():
-        for leaf in tree_leaves({k: v for k, v in vars(module).items() if k[0] != "_"}):
-            if isinstance(leaf, Tensor) and not leaf.is_leaf:
-                memo.setdefault(id(leaf), leaf.detach().clone())
+        _containers({k: v for k, v in vars(module).items() if k[0] != "_"}, found)
+    for leaf in (leaf for container in found.values() for leaf in _items(container)):
+        if isinstance(leaf, Tensor) and not leaf.is_leaf:
+            memo.setdefault(id(leaf), leaf.detach().clone())
     return copy.deepcopy(model, memo)
+
+
+def _containers(value: Any, found: dict[int, Any]) -> None:
+    """Add a container to `found`, by its id, and those in it; some hold themselves."""
+    if isinstance(value, (dict, list, tuple, set, deque)) and id(value) not in found:
+        found[id(value)] = value
+        for inner in _items(value):
+            _containers(inner, found)
+
+
+def _items(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
 
 
 def arguments(example_inputs: Any) -> tuple[tuple, dict]:
@@ -189,14 +203,6 @@ def fused_attention_off() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _containers(value: Any, found: dict[int, Any]) -> None:
-    """Add a dict, list, set or deque to `found`, by its id, and those in it: some hold themselves."""
-    if isinstance(value, (dict, list, set, deque)) and id(value) not in found:
-        found[id(value)] = value
-        for inner in value.values() if isinstance(value, dict) else value:
-            _containers(inner, found)
-
-
 # What every module has and no forward writes.
 _HOOKS = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}
 
@@ -211,7 +217,7 @@ def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
         kept.append((state, state.copy()))
         for key in state.keys() - _HOOKS:
             _containers(state[key], containers)
-    inner = [(value, value.copy()) for value in containers.values()]
+    inner = [(v, v.copy()) for v in containers.values() if not isinstance(v, tuple)]
     try:
         yield
     finally:
