@@ -46,19 +46,19 @@ def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     memo = dict(memo or {})
     found: dict[int, Any] = {}
     for module in model.modules():
-        _containers({k: v for k, v in vars(module).items() if k[0] != "_"}, found)
+        _containers([{k: v for k, v in vars(module).items() if k[0] != "_"}], found)
     for leaf in (leaf for container in found.values() for leaf in _items(container)):
         if isinstance(leaf, Tensor) and not leaf.is_leaf:
             memo.setdefault(id(leaf), leaf.detach().clone())
     return copy.deepcopy(model, memo)
 
 
-def _containers(value: Any, found: dict[int, Any]) -> None:
-    """Add a container to `found`, by its id, and those in it; some hold themselves."""
-    if isinstance(value, (dict, list, tuple, set, deque)) and id(value) not in found:
-        found[id(value)] = value
-        for inner in _items(value):
-            _containers(inner, found)
+def _containers(values: Iterable[Any], found: dict[int, Any]) -> None:
+    """Add containers to `found`, by their ids, and those in them; some hold themselves."""
+    for value in values:
+        if isinstance(value, (dict, list, tuple, set, deque)) and id(value) not in found:
+            found[id(value)] = value
+            _containers(_items(value), found)
 
 
 def _items(container: Any) -> Iterable[Any]:
@@ -215,8 +215,7 @@ def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
     for module in modules:
         state = vars(module)
         kept.append((state, state.copy()))
-        for key in state.keys() - _HOOKS:
-            _containers(state[key], containers)
+        _containers([v for k, v in state.items() if k not in _HOOKS], containers)
     inner = [(v, v.copy()) for v in containers.values() if not isinstance(v, tuple)]
     try:
         yield
