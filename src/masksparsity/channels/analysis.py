@@ -7,12 +7,12 @@ from typing import Any
 from torch import nn
 
 from ..errors import MaskSparsityError
-from ..tracing import rules as table
 from ..tracing.forward import run, run_training
 from ..tracing.labels import Slot
 from ..tracing.network import arguments, batch_size, of_users, unwrap
 from ..tracing.recurrent import protect_units
-from ..tracing.tracer import Rule, Tracer
+from ..tracing.rules import RULES
+from ..tracing.tracer import Rule, Tracer, ValuesMatter
 from .groups import ChannelGraph
 from .probe import protect_what_is_refused
 from .solve import solve
@@ -45,16 +45,8 @@ def trace(
     """
     args, kwargs = arguments(example_inputs)
     model = unwrap(model)
-    tracer = Tracer(model, {**table.RULES, **(rules or {})})
-    try:
-        run(tracer, model, args, kwargs)
-    except RuntimeError as error:
-        raise MaskSparsityError(
-            f"the model does not run on example_inputs: {error} (in {tracer.failed or 'the model'})"
-        ) from error
-    theirs = of_users(tracer.modules.values())
-    if theirs or tracer.untouched():
-        run_training(tracer, model, args, kwargs)
+    theirs = of_users(model.modules())
+    tracer = _follow(model, args, kwargs, {**RULES, **(rules or {})}, theirs)
     protect_units(tracer)
     spoilt = tracer.spoilt.keys() & tracer.producers
     tracer.pins += [(tracer.slots[slot], tracer.spoilt[slot]) for slot in sorted(spoilt)]
@@ -68,6 +60,30 @@ def trace(
     if theirs or any(cut.pieces for cut in tracer.cuts):
         return protect_what_is_refused(tracer, model, graph)
     return graph()
+
+
+def _follow(
+    model: nn.Module, args: tuple, kwargs: dict, rules: Mapping[str, Rule], theirs: bool
+) -> Tracer:
+    """Run the model on labels: with made-up values if it can be, which takes less time."""
+
+    def follow(made_up: bool) -> Tracer:
+        tracer = Tracer(model, rules, made_up=made_up)
+        try:
+            run(tracer, model, args, kwargs)
+        except RuntimeError as error:
+            where = tracer.failed or "the model"
+            raise MaskSparsityError(
+                f"the model does not run on example_inputs: {error} (in {where})"
+            ) from error
+        if theirs or tracer.untouched():
+            run_training(tracer, model, args, kwargs)
+        return tracer
+
+    try:
+        return follow(made_up=True)
+    except (ValuesMatter, Exception):
+        return follow(made_up=False)
 
 
 def _tie(tracer: Tracer, names: tuple[str, ...]) -> None:

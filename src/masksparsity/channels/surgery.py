@@ -92,6 +92,7 @@ def _settle(model: nn.Module, slim: nn.Module, graph: ChannelGraph, keep: KeepMa
         # values: trace it as it is now, and with the values that the slim model has, to more
         # digits than rounding could turn.
         masked, proved = apply_mask(model, graph, keep), slim
+        graph = replace(graph, made_up=False)
     try:
         records = records_now(_double(masked), graph)
         proved = _double(slim)

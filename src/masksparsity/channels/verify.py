@@ -45,7 +45,7 @@ class Refusal(MaskSparsityError):
 
 def records_now(model: nn.Module, graph: ChannelGraph) -> tuple[Record, ...]:
     """What a run of the dense model records with the labels that it was traced with."""
-    tracer = Tracer(model, graph.rules, dict(graph.labels))
+    tracer = Tracer(model, graph.rules, dict(graph.labels), graph.made_up)
     args, kwargs = like(graph.example, model)
     run(tracer, model, args, kwargs)
     if graph.training:
@@ -59,7 +59,7 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
     units = torch.cat([keep.units, torch.ones(1, dtype=torch.bool)])  # -1: of no group
     stays = units[graph.unit_of]
     given = {slot: labels[stays[labels]] for slot, labels in graph.labels.items()}
-    tracer = Tracer(slim, graph.rules, given)
+    tracer = Tracer(slim, graph.rules, given, graph.made_up)
     args, kwargs = like(graph.example, slim)
     failure = None
     try:

@@ -182,10 +182,12 @@ def index(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool
     places = [k for k, i in enumerate(indices) if i is not None]
     found = t.labels(x)
     chosen = [m for i in indices if i is not None for m in t.labels(i)]
+    whole = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+    if whole:  # as long as it is true
+        t.values_matter()
     if not found and not chosen:
         t.set(out, ())
         return
-    whole = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
     if whole or chosen or places != list(range(places[0], places[-1] + 1)):
         t.unknown(args, kwargs, out)
         return

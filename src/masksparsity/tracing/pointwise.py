@@ -46,6 +46,8 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
             result = _merge(t, tensors, found, out, lambda flags: zero(flags, args), args)
         if op in _FACTORS and not t.given and any(m.clean for m in result):
             bounded = not _unbounded(t, op, args, kwargs)
+            if not bounded:
+                t.values_matter()
             result = [m._replace(clean=m.clean and bounded) for m in result]
         t.set(out, result, inplace)
 

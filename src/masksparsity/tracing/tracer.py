@@ -24,6 +24,10 @@ Rule = Callable[["Tracer", str, Any, Any, Any, bool], None]
 """`rule(tracer, operation, args, kwargs, out, inplace)`, called after the operation ran."""
 
 
+class ValuesMatter(BaseException):
+    """Ends a forward with made-up values. No Exception, for user code to catch."""
+
+
 class Tracer:
     """What is known of the labels of a model, and what rules may say of them.
 
@@ -36,8 +40,11 @@ class Tracer:
         model: nn.Module,
         rules: Mapping[str, Rule],
         given: dict[Slot, Tensor] | None = None,
+        made_up: bool = False,
     ):
         self.rules = rules
+        self.made_up = made_up  # convolutions give ones: where channels go, values seldom decide
+        self.mattered = False  # but here they do
         self.modules = dict(model.named_modules())
         self.tensors = dict(tensors_of(self.modules.items()))
         kinds = [(n, t) for n, t in self.tensors.items() if type(t) is not Tensor]  # soon told
@@ -294,8 +301,16 @@ class Tracer:
         sources = (m.sources for m in self.labels(tensor) if axis in m.axes)
         return frozenset().union(*sources)
 
+    def values_matter(self) -> None:
+        """What comes of this follows from values: made-up ones will not do. The proof goes on, to
+        find a way that the trace did not take."""
+        if self.made_up and not self.given:
+            self.mattered = True
+            raise ValuesMatter
+
     def unknown(self, args: Any, kwargs: Any, out: Any) -> None:
         """Protect all that flows in; what comes out has no channels that we know."""
+        self.values_matter()
         self.decided |= self.operation in _DECIDING
         found = [m for t in tensors_in((args, kwargs)) for m in self.labels(t)]
         # What it computes may follow from the width of a tensor of ones.

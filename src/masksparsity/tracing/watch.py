@@ -28,6 +28,7 @@ def escapes(tracer: Tracer) -> Iterator[None]:
     """
 
     def leave(method: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        tracer.values_matter()
         tracer.decided = True
         if found := tracer.labels(x):
             tracer.operation = method.__name__
