@@ -1,27 +1,19 @@
 """Traces that compute no convolution: they say what those with values say, or have values."""
 
+import contextlib
+
 import pytest
 import torch
+import torchvision
 from hypothesis import HealthCheck, given, settings
-from torch import Tensor, nn
+from torch import nn
 
 import masksparsity as ms
+from masksparsity.channels import analysis
 from masksparsity.tracing import forward
 
 from .networks import networks
 from .test_hidden import Middle
-
-
-def by_first_mean(s, x):
-    """Channels are rolled if the convolution before gave less than ones."""
-    return x.roll(1, 1) if x.mean() < 0.9 else x
-
-
-def caught(s, x):
-    try:
-        return by_first_mean(s, x)
-    except:  # noqa: E722
-        return x
 
 
 def summary(graph: ms.ChannelGraph) -> list:
@@ -35,10 +27,11 @@ def summary(graph: ms.ChannelGraph) -> list:
 @given(model=networks())
 def test_the_same_graph_as_with_values(model):
     x = torch.randn(2, 3, 8, 8)
-    made_up = ms.trace(model, x)
+    real = ms.trace(model, x)
+    assert not real.made_up  # these networks are users' code
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "_stand_in", lambda *args: None)
-        assert summary(made_up) == summary(ms.trace(model, x))
+        patch.setattr(analysis, "made_up_will_do", lambda model: True)
+        assert summary(ms.trace(model, x)) == summary(real)
 
 
 def test_no_convolution_is_computed_where_values_do_not_matter(monkeypatch):
@@ -67,25 +60,55 @@ def test_what_stands_in_has_the_shape_of_the_result(dims, stride, padding, dilat
     assert out.stride() == layer(x).stride()
 
 
-@pytest.mark.parametrize(
-    "way", [by_first_mean, caught, lambda s, x: x.roll(int(x.numpy().mean() < 0.9), 1)]
-)
-def test_code_that_decides_by_values_has_them(way):
-    model = Middle(way).eval()
-    for p in model.parameters():
-        p.data.clamp_(max=0.1)
-    graph = ms.trace(model, torch.rand(1, 3, 4, 4))
+@pytest.mark.parametrize("sort", ["class", "hook", "global hook", "forward", "rule"])
+def test_code_of_users_sees_real_values(sort):
+    seen, rules = [], {}
+
+    def look(*args):
+        seen.append(args[-1])
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    with contextlib.ExitStack() as hooks:
+        if sort == "class":
+            model = Middle(lambda s, x: look(x) or x)
+        elif sort == "hook":
+            model[0].register_forward_hook(look)
+        elif sort == "global hook":
+            hooks.callback(nn.modules.module.register_module_forward_hook(look).remove)
+        elif sort == "forward":
+            model[1].forward = lambda x: look(x) or x.relu()
+        else:
+            rules = {"relu": lambda t, op, args, kwargs, out, inplace: look(out) or t.set(out, ())}
+        graph = ms.trace(model, torch.rand(1, 3, 4, 4), rules=rules)
     assert not graph.made_up
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward, "_stand_in", lambda *args: None)
-        assert summary(graph) == summary(ms.trace(model, torch.rand(1, 3, 4, 4)))
+    assert seen
+    assert not any((x == 1).all() for x in seen)
 
 
-def test_a_choice_of_elements_by_values_has_them():
-    def positive(s, x: Tensor) -> Tensor:
-        return x + torch.zeros(len(x[x < 0.9]) + 1).sum()
+def test_values_that_something_looks_at_are_real():
+    unflat = nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    assert ms.trace(unflat, torch.rand(1, 3, 4, 4)).made_up
+    detector = torchvision.models.detection.ssdlite320_mobilenet_v3_large(
+        weights=None, weights_backbone=None
+    )
+    assert not ms.trace(detector.eval(), torch.rand(1, 3, 320, 320)).made_up
 
-    assert not ms.trace(Middle(positive), torch.rand(1, 3, 4, 4)).made_up
+
+def test_a_divisor_that_is_computed_matters(monkeypatch):
+    monkeypatch.setattr(analysis, "made_up_will_do", lambda model: True)
+    divided = Middle(lambda s, x: (x / x.mean(1, keepdim=True).relu()).nan_to_num(1.0, 1.0, -1.0))
+    assert not ms.trace(divided, torch.rand(2, 3, 4, 4)).made_up
+
+
+def test_where_the_memory_format_is_open_it_is_not_guessed():
+    x, one = torch.rand(2, 3, 4, 4), torch.rand(2, 4, 4, 1).movedim(-1, 1)
+    weight, last = torch.rand(8, 3, 1, 1), torch.rand(8, 1, 1, 3).movedim(-1, 1)
+    rest = (None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    assert forward._stand_in(x, weight, *rest) is not None
+    assert last.is_contiguous()
+    assert forward._stand_in(x, last, *rest) is None
+    assert one.is_contiguous()
+    assert forward._stand_in(one, weight[:, :1].contiguous(), *rest) is None
 
 
 def test_a_model_that_does_not_run_is_told_with_its_layer():

@@ -9,10 +9,10 @@ from torch import nn
 from ..errors import MaskSparsityError
 from ..tracing.forward import run, run_training
 from ..tracing.labels import Slot
-from ..tracing.network import arguments, batch_size, of_users, unwrap
+from ..tracing.network import arguments, batch_size, made_up_will_do, of_users, unwrap
 from ..tracing.recurrent import protect_units
 from ..tracing.rules import RULES
-from ..tracing.tracer import Rule, Tracer, ValuesMatter
+from ..tracing.tracer import Rule, Tracer
 from .groups import ChannelGraph
 from .probe import protect_what_is_refused
 from .solve import solve
@@ -45,8 +45,19 @@ def trace(
     """
     args, kwargs = arguments(example_inputs)
     model = unwrap(model)
-    theirs = of_users(model.modules())
-    tracer = _follow(model, args, kwargs, {**RULES, **(rules or {})}, theirs)
+    table = {**RULES, **(rules or {})}
+    tracer = Tracer(model, table, made_up=not rules and made_up_will_do(model))
+    theirs = of_users(tracer.modules.values())
+    try:
+        _follow(tracer, model, args, kwargs, theirs)
+        again = tracer.made_up and tracer.mattered
+    except Exception:
+        if not tracer.made_up:
+            raise
+        again = True
+    if again:
+        tracer = Tracer(model, table)
+        _follow(tracer, model, args, kwargs, theirs)
     protect_units(tracer)
     spoilt = tracer.spoilt.keys() & tracer.producers
     tracer.pins += [(tracer.slots[slot], tracer.spoilt[slot]) for slot in sorted(spoilt)]
@@ -62,28 +73,15 @@ def trace(
     return graph()
 
 
-def _follow(
-    model: nn.Module, args: tuple, kwargs: dict, rules: Mapping[str, Rule], theirs: bool
-) -> Tracer:
-    """Run the model on labels: with made-up values if it can be, which takes less time."""
-
-    def follow(made_up: bool) -> Tracer:
-        tracer = Tracer(model, rules, made_up=made_up)
-        try:
-            run(tracer, model, args, kwargs)
-        except RuntimeError as error:
-            where = tracer.failed or "the model"
-            raise MaskSparsityError(
-                f"the model does not run on example_inputs: {error} (in {where})"
-            ) from error
-        if theirs or tracer.untouched():
-            run_training(tracer, model, args, kwargs)
-        return tracer
-
+def _follow(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, theirs: bool) -> None:
     try:
-        return follow(made_up=True)
-    except (ValuesMatter, Exception):
-        return follow(made_up=False)
+        run(tracer, model, args, kwargs)
+    except RuntimeError as error:
+        raise MaskSparsityError(
+            f"the model does not run on example_inputs: {error} (in {tracer.failed or 'the model'})"
+        ) from error
+    if theirs or tracer.untouched():
+        run_training(tracer, model, args, kwargs)
 
 
 def _tie(tracer: Tracer, names: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import MaskSparsityError
 from ..tracing.forward import run, run_training
 from ..tracing.labels import Record
-from ..tracing.network import like
+from ..tracing.network import like, made_up_will_do
 from ..tracing.tracer import Tracer
 from .groups import ChannelGraph
 from .mask import KeepMask
@@ -45,12 +45,16 @@ class Refusal(MaskSparsityError):
 
 def records_now(model: nn.Module, graph: ChannelGraph) -> tuple[Record, ...]:
     """What a run of the dense model records with the labels that it was traced with."""
-    tracer = Tracer(model, graph.rules, dict(graph.labels), graph.made_up)
+    tracer = Tracer(model, graph.rules, dict(graph.labels), _made_up(model, graph))
     args, kwargs = like(graph.example, model)
     run(tracer, model, args, kwargs)
     if graph.training:
         run_training(tracer, model, args, kwargs, graph.training)
     return tuple(tracer.records)
+
+
+def _made_up(model: nn.Module, graph: ChannelGraph) -> bool:
+    return graph.made_up and made_up_will_do(model)
 
 
 def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
@@ -59,7 +63,7 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
     units = torch.cat([keep.units, torch.ones(1, dtype=torch.bool)])  # -1: of no group
     stays = units[graph.unit_of]
     given = {slot: labels[stays[labels]] for slot, labels in graph.labels.items()}
-    tracer = Tracer(slim, graph.rules, given, graph.made_up)
+    tracer = Tracer(slim, graph.rules, given, _made_up(slim, graph))
     args, kwargs = like(graph.example, slim)
     failure = None
     try:

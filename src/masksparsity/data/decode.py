@@ -26,9 +26,11 @@ class ImageFile:
 
     @property
     def name(self) -> str:
+        """What errors call it: its path, and its name inside an archive."""
         return f"{self.path}/{self.member}" if self.member else self.path
 
     def read(self) -> bytes:
+        """Its bytes, as they are stored."""
         if self.content is not None:
             return self.content
         with open(self.path, "rb") as file:

@@ -25,6 +25,7 @@ def _log(axes: Axes) -> None:
 
 
 def accuracy(results: Results, runs: Mapping[str, Results]) -> Figure | None:
+    """Test accuracy in % after each stage."""
     names = ("baseline", "before_removal", "after_removal", "finetuned", "scratch")
     known = {name: number(results, "accuracy", name) for name in names}
     points = {name: 100 * value for name, value in known.items() if value is not None}
@@ -57,6 +58,7 @@ def accuracy(results: Results, runs: Mapping[str, Results]) -> Figure | None:
 
 
 def cost(results: Results, runs: Mapping[str, Results]) -> Figure | None:
+    """What is left of MACs, parameters and latency."""
     known = {
         f"{name}\n{text(both[0])} → {text(both[1])}": both
         for key, name, text in (
@@ -84,6 +86,7 @@ def cost(results: Results, runs: Mapping[str, Results]) -> Figure | None:
 
 
 def layers(results: Results, runs: Mapping[str, Results]) -> Figure | None:
+    """Channels that stay, layer by layer."""
     kept = results.get("layers")
     if not kept:
         return None
@@ -102,6 +105,7 @@ def layers(results: Results, runs: Mapping[str, Results]) -> Figure | None:
 
 
 def scales(results: Results, runs: Mapping[str, Results]) -> Figure | None:
+    """Histograms of |gamma| after the stages that change it."""
     titles = {
         "baseline": "after training",
         "global_l1": "after global L1",
@@ -129,6 +133,7 @@ def scales(results: Results, runs: Mapping[str, Results]) -> Figure | None:
 
 
 def curves(results: Results, runs: Mapping[str, Results]) -> Figure | None:
+    """Loss and test error over the epochs, stage by stage."""
     stages = {name: epochs for name, epochs in results.get("curves", {}).items() if epochs}
     if not stages:
         return None
@@ -182,6 +187,8 @@ def _over_runs(
 
 
 def accuracy_over_runs(results: Results, runs: Mapping[str, Results]) -> Figure | None:
+    """Dense and slim accuracy of several runs against what was removed."""
+
     def ends(run: Results) -> tuple[float, float] | None:
         dense, slim = (number(run, "accuracy", key) for key in ("baseline", "finetuned"))
         return None if dense is None or slim is None else (100 * dense, 100 * slim)
@@ -190,6 +197,7 @@ def accuracy_over_runs(results: Results, runs: Mapping[str, Results]) -> Figure 
 
 
 def latency_over_runs(results: Results, runs: Mapping[str, Results]) -> Figure | None:
+    """Dense and slim latency of several runs against what was removed."""
     figure = _over_runs(runs, "latency, ms", lambda run: pair(run, "latency_ms"))
     if figure:
         figure.axes[0].set_ylim(bottom=0)

@@ -54,6 +54,7 @@ def pair(results: Results, key: str) -> tuple[float, float] | None:
 
 
 def percent(share: float, digits: int = 2) -> str:
+    """A share as it is read: 0.501 is 50.10 %."""
     return f"{100 * share:.{digits}f} %"
 
 
@@ -75,6 +76,7 @@ def count(value: float) -> str:
 
 
 def shown(value: float | None, text: Callable[[float], str]) -> str:
+    """`text(value)`, or nothing where there is no value."""
     return "" if value is None else text(value)
 
 
@@ -104,6 +106,7 @@ def rows(results: Results) -> list[tuple[str, ...]]:
 
 
 def title(results: Results) -> str:
+    """What a run is called by: its recipe, or else its model."""
     return str(results.get("recipe") or results.get("model") or "A run")
 
 

@@ -1,7 +1,8 @@
 """Run a network once on channel labels: every ATen call is seen with its real arguments.
 
-Nearly all of the time would go to convolutions, whose values seldom decide where channels go: they
-give ones instead, until something looks at values. Then all is done again with real ones.
+Nearly all of the time would go to convolutions, whose values seldom decide where channels go: where
+all code is that of libraries, they give ones instead. If something then looked at values, all is
+done again with real ones.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from .network import (
     tensors_in,
     unchanged,
 )
-from .tracer import Rule, Tracer, ValuesMatter
+from .tracer import Rule, Tracer
 from .watch import Calls, escapes, module_stack
 
 
@@ -122,8 +123,10 @@ def _stand_in(
         or not len(stride) == len(padding) == len(dilation) == axes
         or any(t.dtype != x.dtype or t.device != x.device for t in (weight, bias) if t is not None)
         or (bias is not None and bias.shape != weight.shape[:1])
-        or not x.is_contiguous()
-        or not weight.is_contiguous()
+        or min(*stride, *dilation) < 1
+        or min(padding) < 0
+        or not _in_order(x)
+        or not _in_order(weight)
     ):
         return None
     room = [
@@ -135,6 +138,16 @@ def _stand_in(
     return x.new_ones(
         x.shape[0], weight.shape[0], *[r // s + 1 for r, s in zip(room, stride, strict=True)]
     )
+
+
+def _in_order(x: Tensor) -> bool:
+    """Contiguous, and in no other memory format as well, as maps of one channel may be."""
+    step = 1
+    for n, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+        if stride != step:
+            return False
+        step *= n
+    return True
 
 
 def run(
@@ -161,8 +174,6 @@ def run(
         ):
             out = model(*args, **kwargs)
             random = training and drawn(tracer.decided)
-        if tracer.mattered:  # and somebody caught it
-            raise ValuesMatter
         tracer.assigned()
     tracer.operation = "output"
     found = [m for t in tensors_in(out) for m in tracer.labels(t)]
@@ -202,6 +213,7 @@ def _run_training(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, s
     except Exception:
         if tracer.given:
             raise
+        tracer.mattered = True  # it may have failed for its values
         for part, length in zip(kept, lengths, strict=True):
             del part[length:]  # type: ignore[attr-defined]
         return False

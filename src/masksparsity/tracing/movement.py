@@ -184,7 +184,7 @@ def index(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool
     chosen = [m for i in indices if i is not None for m in t.labels(i)]
     whole = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
     if whole:  # as long as it is true
-        t.values_matter()
+        t.mattered = True
     if not found and not chosen:
         t.set(out, ())
         return

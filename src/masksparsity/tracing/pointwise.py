@@ -46,8 +46,6 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
             result = _merge(t, tensors, found, out, lambda flags: zero(flags, args), args)
         if op in _FACTORS and not t.given and any(m.clean for m in result):
             bounded = not _unbounded(t, op, args, kwargs)
-            if not bounded:
-                t.values_matter()
             result = [m._replace(clean=m.clean and bounded) for m in result]
         t.set(out, result, inplace)
 
@@ -74,7 +72,9 @@ def _unbounded(t: Tracer, op: str, args: Sequence[Any], kwargs: Any) -> bool:
         found = t.labels(x)
         if found and id(x) not in t.names and all(m.clean for m in found):
             continue
+        t.mattered |= x is pole and id(x) not in t.names
         if x.layout != torch.strided or not bool(x.isfinite().all()):
+            t.mattered = True
             return True
         if x is pole and not found and not bool(x.all()):
             return True

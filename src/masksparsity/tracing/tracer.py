@@ -24,10 +24,6 @@ Rule = Callable[["Tracer", str, Any, Any, Any, bool], None]
 """`rule(tracer, operation, args, kwargs, out, inplace)`, called after the operation ran."""
 
 
-class ValuesMatter(BaseException):
-    """Ends a forward with made-up values. No Exception, for user code to catch."""
-
-
 class Tracer:
     """What is known of the labels of a model, and what rules may say of them.
 
@@ -44,7 +40,7 @@ class Tracer:
     ):
         self.rules = rules
         self.made_up = made_up  # convolutions give ones: where channels go, values seldom decide
-        self.mattered = False  # but here they do
+        self.mattered = False  # but here they did
         self.modules = dict(model.named_modules())
         self.tensors = dict(tensors_of(self.modules.items()))
         kinds = [(n, t) for n, t in self.tensors.items() if type(t) is not Tensor]  # soon told
@@ -90,6 +86,7 @@ class Tracer:
 
     @property
     def module(self) -> str:
+        """Path of the module whose forward runs."""
         return self.stack[-1]
 
     def labels(self, tensor: Tensor) -> tuple[Labels, ...]:
@@ -136,6 +133,7 @@ class Tracer:
         return self.slots[slot]
 
     def set(self, out: Tensor, labels: Iterable[Labels], inplace: bool = False) -> None:
+        """Give a tensor its labels, in place of those it had."""
         labels = tuple(labels)
         if inplace and id(out) in self.names:
             # Such as running statistics: where zero stays zero, later forwards find what they know.
@@ -172,6 +170,7 @@ class Tracer:
         self.stack[-1] = ""
 
     def viewed(self, tensor: Tensor) -> None:
+        """Others see its memory from now on: what is written to it has to fit all of them."""
         setattr(tensor, _VIEWED, True)
         self.blank(tensor, False)
 
@@ -181,6 +180,7 @@ class Tracer:
             setattr(tensor, _BLANK, blank)
 
     def is_blank(self, tensor: Tensor) -> bool:
+        """Are all its channels alike, as those of a constant are?"""
         return getattr(tensor, _BLANK, False)
 
     def cut(self, whole: Tensor, pieces: Iterable[Tensor], numbers: Iterable[int] = ()) -> None:
@@ -208,6 +208,7 @@ class Tracer:
                 self.producers |= m.sources
 
     def record(self, labels: Iterable[Labels], scalars: Iterable[Any] = ()) -> None:
+        """What an operation reads: the proof compares it."""
         labels = tuple(labels)
         ids = tuple([m.ids for m in labels])
         shapes = tuple([m.ids.shape if len(m.axes) > 1 else None for m in labels])
@@ -292,6 +293,7 @@ class Tracer:
         return all(m.clean for m in self.labels(tensor) if axis in m.axes)
 
     def in_slots(self, tensor: Tensor | None, axis: int) -> frozenset[Slot]:
+        """The slots that a weight or bias has along an axis; of a computed one, its sources."""
         if tensor is None:
             return NOTHING
         name = self.names.get(id(tensor))
@@ -301,16 +303,9 @@ class Tracer:
         sources = (m.sources for m in self.labels(tensor) if axis in m.axes)
         return frozenset().union(*sources)
 
-    def values_matter(self) -> None:
-        """What comes of this follows from values: made-up ones will not do. The proof goes on, to
-        find a way that the trace did not take."""
-        if self.made_up and not self.given:
-            self.mattered = True
-            raise ValuesMatter
-
     def unknown(self, args: Any, kwargs: Any, out: Any) -> None:
         """Protect all that flows in; what comes out has no channels that we know."""
-        self.values_matter()
+        self.mattered = True
         self.decided |= self.operation in _DECIDING
         found = [m for t in tensors_in((args, kwargs)) for m in self.labels(t)]
         # What it computes may follow from the width of a tensor of ones.

@@ -28,8 +28,7 @@ def escapes(tracer: Tracer) -> Iterator[None]:
     """
 
     def leave(method: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        tracer.values_matter()
-        tracer.decided = True
+        tracer.mattered = tracer.decided = True
         if found := tracer.labels(x):
             tracer.operation = method.__name__
             tracer.expose(found)
@@ -104,6 +103,7 @@ class Calls(TorchFunctionMode):
 
 @contextlib.contextmanager
 def module_stack(tracer: Tracer) -> Iterator[None]:
+    """Keeps the path of the running module on `tracer.stack`."""
     stack, paths = tracer.stack, tracer.paths
 
     def enter(module: nn.Module, args: Any) -> None:
