@@ -91,26 +91,30 @@ def _settle(model: nn.Module, slim: nn.Module, graph: ChannelGraph, keep: KeepMa
         # What the model cached since it was traced has no labels, and what it does may depend on
         # values: trace it as it is now, and with the values that the slim model has, to more
         # digits than rounding could turn.
-        masked, proved = apply_mask(model, graph, keep), slim
+        masked = apply_mask(model, graph, keep)
         graph = replace(graph, made_up=False)
+    as_proved: Callable[[nn.Module], nn.Module] = _double
     try:
         records = records_now(_double(masked), graph)
-        proved = _double(slim)
     except RuntimeError:  # code that insists on its own precision
-        records = records_now(masked, graph)
+        records, as_proved = records_now(masked, graph), _as_it_is
     graph = replace(graph, records=records)
     try:
-        prove(proved, graph, keep)
+        prove(as_proved(slim), graph, keep)
     except Refusal:
         changed = limits.follow(slim, graph.cuts, keep.units)
         if not changed:
             raise
-        prove(slim, graph, keep)
+        prove(as_proved(slim), graph, keep)
         _compare(masked, slim, graph)
         known = getattr(slim, WRITTEN_DOWN, {})
         names = {*known, *changed}
         merged = {name: {**known.get(name, {}), **changed.get(name, {})} for name in names}
         setattr(slim, WRITTEN_DOWN, merged)
+
+
+def _as_it_is(net: nn.Module) -> nn.Module:
+    return net
 
 
 def _double(net: nn.Module) -> nn.Module:
