@@ -40,6 +40,9 @@ def trace(
         MaskSparsityError: if the model does not run on `example_inputs`, a name of `protect` or
             `tie` is not in it, or tied layers have different widths.
 
+    Where all code in forward is that of libraries and nothing looks at values, no convolution is
+    computed; code of yours always sees real values, in train mode, too, and its lengths are tried.
+
     The model, its mode and the random state stay as they were. Inside DistributedDataParallel and
     `torch.compile` the bare network is traced.
     """

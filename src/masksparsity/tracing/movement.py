@@ -32,6 +32,7 @@ def _transpose(x: Tensor, m: Labels, a: int, b: int) -> Labels:
 
 
 def unsqueeze(x: Tensor, m: Labels, dim: int) -> Labels:
+    """A new axis of size 1 holds no channels."""
     dim %= x.ndim + 1
     return m._replace(ids=m.ids.unsqueeze(dim), axes=frozenset(a + (a >= dim) for a in m.axes))
 

@@ -31,6 +31,8 @@ _SECOND = frozenset({1})
 
 
 def rule(*operations: str) -> Callable[[Rule], Rule]:
+    """Enter a function for these operations."""
+
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(operations, function))
         return function
@@ -113,6 +115,7 @@ def deformable(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace:
 
 @rule("addmm")
 def addmm(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """A product with a bias, as of linear layers."""
     bias, a, b = args[:3]
     _matmul(t, a, b, bias if bias.ndim == 1 else None, out)
     if bias.ndim != 1:
@@ -121,11 +124,13 @@ def addmm(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool
 
 @rule("mm", "bmm")
 def mm(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """Matrix products, one or a batch."""
     _matmul(t, args[0], args[1], None, out)
 
 
 @rule("linear")
 def linear(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """The weight lies transposed: [outputs, inputs]."""
     x, weight, bias = (*args, None)[:3]
     _matmul(t, x, weight, bias, out, into=1)
 
@@ -217,6 +222,7 @@ def _channels(t: Tracer, ids: Tensor, ndim: int, clean: bool, sources: frozenset
     "miopen_batch_norm",
 )
 def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
+    """Each channel by itself; with a scale, zero where scale and shift are."""
     x, weight, bias, *statistics = args[:5]
     ids, seen = t.read(x, 1, "normalised over channels")
     t.record((seen,) if seen else ())
