@@ -60,7 +60,7 @@ def test_what_stands_in_has_the_shape_of_the_result(dims, stride, padding, dilat
     assert out.stride() == layer(x).stride()
 
 
-@pytest.mark.parametrize("sort", ["class", "hook", "global hook", "forward", "rule"])
+@pytest.mark.parametrize("sort", ["class", "hook", "global hook", "forward", "activation", "rule"])
 def test_code_of_users_sees_real_values(sort):
     seen, rules = [], {}
 
@@ -77,6 +77,9 @@ def test_code_of_users_sees_real_values(sort):
             hooks.callback(nn.modules.module.register_module_forward_hook(look).remove)
         elif sort == "forward":
             model[1].forward = lambda x: look(x) or x.relu()
+        elif sort == "activation":
+            layer = nn.TransformerEncoderLayer(16, 2, activation=lambda x: look(x) or x.relu())
+            model = nn.Sequential(model[0], nn.Flatten(2), layer)
         else:
             rules = {"relu": lambda t, op, args, kwargs, out, inplace: look(out) or t.set(out, ())}
         graph = ms.trace(model, torch.rand(1, 3, 4, 4), rules=rules)

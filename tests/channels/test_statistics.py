@@ -152,3 +152,20 @@ def test_what_forward_keeps_is_undone(how):
     assert torch.equal(model.m, torch.ones(8))
     assert torch.equal(model.v, torch.ones(8))
     assert (model.seen, model.log) == (deque([1]), {"steps": [[1]]})
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_weight_that_takes_a_step_when_it_is_read_takes_none(norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.ReLU(), norm(nn.Conv2d(8, 8, 3, groups=8))
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(2, 3, 4, 4)
+    graph = ms.trace(model, x)
+    keep = random_mask(graph, 0)
+    slim = ms.prune(model, graph, keep)
+    assert slim[0].out_channels < 8
+    for net in (model, slim):
+        for name, value in net.state_dict().items():
+            assert not name.startswith("3") or torch.equal(value, before[name]), name

@@ -69,7 +69,7 @@ PROTECTED = {
     "zero does not stay zero": torch.sigmoid,
     "channels are padded": lambda x: nn.functional.pad(x, (0, 0, 0, 0, 1, 1))[:, 1:-1],
     "values leave PyTorch": lambda x: torch.from_numpy(x.numpy()),
-    "channels are unknown": lambda x: x + torch.ones(8, 1, 1),
+    "channels are unknown": lambda x: x + torch.arange(8.0).view(8, 1, 1),
 }
 
 
@@ -97,16 +97,6 @@ SOUND = {
 def test_sound_operations_stay_prunable(operation):
     group = group_of_a(SOUND[operation])
     assert (group.prunable, group.size) == (True, 8), group
-
-
-def test_written_into_a_preallocated_tensor():
-    def operation(x):
-        out = torch.empty_like(x)
-        out[:, :4] = x[:, :4]
-        out[:, 4:] = x[:, 4:]
-        return out
-
-    assert all(not g.prunable for g in ms.trace(Net(operation), X).groups if g.name != "b")
 
 
 def test_overwritten_view_is_protected():

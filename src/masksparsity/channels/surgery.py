@@ -180,13 +180,16 @@ def rebuild(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
             new.__dict__.update(old.__dict__)
             memo[id(old)] = new
     slim = duplicate(model, memo)  # shared modules and tied weights stay shared and tied
-    for before, after in zip(model.modules(), slim.modules(), strict=True):
-        for hook in after._forward_pre_hooks.values():
-            if isinstance(hook, WeightNorm):  # a weight computed before each forward
-                setattr(after, hook.name, hook.compute_weight(after).detach())
-        fix = next((ATTRIBUTES[t] for t in type(after).__mro__ if t in ATTRIBUTES), None)
-        if fix is not None:
-            fix(before, after)
+    pairs = [*zip(model.modules(), slim.modules(), strict=True)]
+    # A weight that is read in train mode may take a step, as spectral_norm does.
+    with evaluating([module for pair in pairs for module in pair]):
+        for before, after in pairs:
+            for hook in after._forward_pre_hooks.values():
+                if isinstance(hook, WeightNorm):  # a weight computed before each forward
+                    setattr(after, hook.name, hook.compute_weight(after).detach())
+            fix = next((ATTRIBUTES[t] for t in type(after).__mro__ if t in ATTRIBUTES), None)
+            if fix is not None:
+                fix(before, after)
     return slim
 
 

@@ -22,7 +22,7 @@ from .network import (
     tensors_in,
     unchanged,
 )
-from .tracer import Rule, Tracer
+from .tracer import Rule, Tracer, whole
 from .watch import Calls, escapes, module_stack
 
 
@@ -69,7 +69,9 @@ class Operations(TorchDispatchMode):
             written = args[0]
         for x in (*written, *kwargs.values()):
             if isinstance(x, Tensor):
-                self.tracer.spare(x if x._base is None else x._base)
+                self.tracer.spare(whole(x))
+                if operation != "copy":
+                    self.tracer.canvases.pop(whole(x), None)
         if torch.Tag.inplace_view not in func.tags:
             return args
         before = args[0].detach()

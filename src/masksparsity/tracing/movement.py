@@ -37,6 +37,14 @@ def unsqueeze(x: Tensor, m: Labels, dim: int) -> Labels:
     return m._replace(ids=m.ids.unsqueeze(dim), axes=frozenset(a + (a >= dim) for a in m.axes))
 
 
+def _as_real(x: Tensor, m: Labels) -> Labels:
+    return unsqueeze(x, m, -1)
+
+
+def _as_complex(x: Tensor, m: Labels) -> Labels:
+    return _select(x, m, -1, 0)
+
+
 def _squeeze(x: Tensor, m: Labels, *dims: Any) -> Labels:
     chosen = [dims[0]] if dims and isinstance(dims[0], int) else dims[0] if dims else range(x.ndim)
     gone = {d % x.ndim for d in chosen if x.shape[d] == 1}
@@ -124,7 +132,7 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
     def apply(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
         x, *rest = args
         if alias:
-            t.viewed(x)
+            t.viewed(x, out if isinstance(out, (tuple, list)) else [out])
             if move is _same:  # `detach` and `.data` do not say that they are views
                 t.viewed(out)
             if op.startswith("unsafe_"):  # nor do these
@@ -132,8 +140,9 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
                     t.viewed(part)
         found = t.labels(x)
         if not found and not hasattr(out, "_masksparsity_labels"):
-            if move is not _same:  # which of its values come where may follow from a width
-                how = [] if move is _expand else numbers(tree_leaves(rest))
+            # Which of its values come where may follow from a width, unless all are alike.
+            if move is not _same and not t.is_untouched(x):
+                how = [] if _all_alike(move, x, rest) else numbers(tree_leaves(rest))
                 t.record((), [*extents(x), *how])
             return
         named = {k: v for k, v in kwargs.items() if k in ("dim", "start", "end", "step", "index")}
@@ -145,6 +154,15 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
             t.set(result, [m[k] if isinstance(m, list) else m for m in moved])
 
     return apply
+
+
+def _all_alike(move: Callable[..., Any], x: Tensor, rest: Any) -> bool:
+    """Does it repeat single values only, as often as the shape of the result says?"""
+    if move is not _repeat:
+        return move is _expand
+    times = rest[0]
+    sizes = [1] * (len(times) - x.ndim) + extents(x)
+    return all(n == 1 or size == 1 for n, size in zip(times, sizes, strict=True))
 
 
 _CUTS: dict[Any, Callable[..., None]] = {
@@ -161,6 +179,9 @@ RULES["permute"] = _movement(_permute, True)
 RULES["transpose"] = _movement(_transpose, True)
 RULES["t"] = _movement(lambda x, m: _transpose(x, m, 0, 1) if x.ndim == 2 else m, True)
 RULES["unsqueeze"] = _movement(unsqueeze, True)
+RULES["_conj"] = _movement(_same, True)
+RULES["view_as_real"] = _movement(_as_real, True)
+RULES["view_as_complex"] = _movement(_as_complex, True)
 RULES["squeeze"] = _movement(_squeeze, True)
 RULES["slice"] = _movement(_slice, True)
 RULES["select"] = _movement(_select, True)
@@ -169,7 +190,7 @@ RULES["unsafe_split"] = RULES["unsafe_split_with_sizes"] = RULES["split"]
 RULES["unbind"] = _movement(_unbind, True)
 RULES["expand"] = _movement(_expand, True)
 RULES["flip"] = _movement(_flip, False)
-RULES["index_select"] = _movement(_index_select, False)
+_SELECTION = _movement(_index_select, False)
 RULES["repeat"] = _movement(_repeat, False)
 RULES["roll"] = _movement(_roll, False)
 RULES["unfold"] = _movement(_windows, True)
@@ -206,6 +227,17 @@ def index(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool
     t.set(out, result)
 
 
+def index_select(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """Places along one axis, in any order."""
+    x, dim, places = args
+    if t.labels(places):
+        t.unknown(args, kwargs, out)
+        return
+    if id(places) not in t.names and any(dim % x.ndim in m.axes for m in t.labels(x)):
+        t.mattered = True  # which channels they are may have been computed
+    _SELECTION(t, op, args, kwargs, out, inplace)
+
+
 def embedding(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     """Rows of a table."""
     table, places = args[:2]
@@ -218,25 +250,16 @@ def embedding(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: 
     t.set(out, [m._replace(ids=m.ids.reshape([*before, -1]), axes=last) for m in passing])
 
 
-_FEW = 64  # values of a tensor made in forward that are compared one by one
-
-
-def lift(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
-    """`torch.tensor(...)` in forward: its values may follow from a width."""
-    few = out.numel() <= _FEW or out.is_complex()
-    t.record((), out.flatten().tolist() if few else [float(out.double().sum())])
-
-
 def restride(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     """Only where all but batch and channels is of size 1, as pooling to 1x1 in channels_last does:
     then the shape says it all."""
     x, size, stride = args[:3]
     if list(x.shape) == list(size) == [*size[:2], *[1] * (len(size) - 2)] and stride[1] == 1:
-        t.viewed(x)
+        t.viewed(x, [out])
         t.set(out, t.labels(x))
     else:
         t.unknown(args, kwargs, out)
 
 
-RULES["index"], RULES["embedding"] = index, embedding
-RULES["lift_fresh"], RULES["as_strided"] = lift, restride
+RULES["index"], RULES["embedding"], RULES["index_select"] = index, embedding, index_select
+RULES["as_strided"] = restride

@@ -2,10 +2,12 @@
 
 import contextlib
 import copy
+import functools
 import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -95,8 +97,10 @@ def like(example: tuple[tuple, dict], model: nn.Module) -> tuple[tuple, dict]:
 def of_users(modules: Iterable[nn.Module]) -> bool:
     """Is there code that may do other things in train mode, such as return features? That of
     libraries asks for the sake of dropout, and of auxiliary heads, whose parameters tell."""
-    libraries = ("torch.nn.", "torchvision.", "timm.", "masksparsity.")  # scripts are users' code
-    return any(not kind.__module__.startswith(libraries) for kind in {type(m) for m in modules})
+    return any(not kind.__module__.startswith(_LIBRARIES) for kind in {type(m) for m in modules})
+
+
+_LIBRARIES = ("torch.nn.", "torchvision.", "timm.", "masksparsity.")  # scripts are users' code
 
 
 def made_up_will_do(model: nn.Module) -> bool:
@@ -106,7 +110,16 @@ def made_up_will_do(model: nn.Module) -> bool:
         of_users(modules)
         or nn.modules.module._has_any_global_hook()
         or any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
+        or any(_is_users(value) for m in modules for value in vars(m).values())
     )
+
+
+def _is_users(value: Any) -> bool:
+    """Is it a function, kept in a module, that no library wrote? Such as an activation."""
+    if isinstance(value, functools.partial):
+        value = value.func
+    kind = isinstance(value, FunctionType | MethodType)
+    return kind and not (value.__module__ or "").startswith(_LIBRARIES)
 
 
 def batch_size(args: tuple, kwargs: dict) -> int:

@@ -118,7 +118,7 @@ def _merge(
         flags, index = [], 0
         for a in args:
             if isinstance(a, Tensor):
-                flags.append(clean.get(index, False))
+                flags.append(clean[index] if index in clean else t.is_zero(tensors[index]))
                 index += 1
             elif isinstance(a, (int, float)):
                 flags.append(a == 0)
@@ -199,7 +199,7 @@ def _divide(flags: list[bool], args: Any) -> bool:
 ZERO_AT_ZERO = """relu relu6 silu gelu mish tanh hardswish leaky_relu elu selu celu hardshrink
 softshrink abs neg positive sign sqrt square erf floor round ceil trunc expm1 log1p asin atan sin
 sinh asinh tan frac sgn nan_to_num native_dropout dropout _prelu_kernel prelu
-rrelu_with_noise"""
+rrelu_with_noise angle conj_physical polar"""
 NOT_ZERO_AT_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp exp2 cos cosh acos rsub eq ne ge
 le gt lt logical_not isnan isfinite isinf bitwise_and bitwise_or bitwise_not atan2"""
 _FACTORS = ("mul", "div", "remainder", "fmod", "addcmul", "addcdiv", "lerp")
@@ -216,7 +216,7 @@ _POLES: dict[str, Callable[[Any], Any]] = {
 RULES: dict[str, Rule] = {}
 RULES.update(dict.fromkeys(ZERO_AT_ZERO.split(), pointwise(_first)))
 RULES.update(dict.fromkeys([*NOT_ZERO_AT_ZERO.split(), *INFINITE_AT_ZERO], pointwise(_never)))
-RULES.update(dict.fromkeys(("add", "sub", "maximum", "minimum"), pointwise(_all)))
+RULES.update(dict.fromkeys(("add", "sub", "maximum", "minimum", "complex"), pointwise(_all)))
 RULES.update(dict.fromkeys(("clamp", "hardtanh", "clamp_min"), pointwise(_clamp)))
 RULES["mul"] = pointwise(lambda flags, args: any(flags))
 RULES.update(dict.fromkeys(("div", "remainder", "fmod"), pointwise(_divide)))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cuts, joining, movement, pointwise, recurrent, reshape, space
+from . import cuts, joining, movement, pointwise, recurrent, reshape, space, writing
 from .labels import Labels, Norm, Product
 from .tracer import Rule, Tracer
 
@@ -23,6 +23,7 @@ RULES: dict[str, Rule] = {
     **joining.RULES,
     **pointwise.RULES,
     **space.RULES,
+    **writing.RULES,
     **recurrent.RULES,
 }
 
@@ -64,6 +65,8 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
     else:
         outputs, sources, clean = t.out_ids(weight, outof)
         if shape[1] == 1 and groups > 1:  # depthwise: an input owns its outputs
+            if seen is not None and _all_alike(t, weight):
+                outputs, clean = ids.repeat_interleave(shape[0] // groups), seen.clean
             t.unite(outputs.view(groups, -1), ids.view(groups, 1))
         else:
             t.meet(weight, into, inputs)
@@ -81,6 +84,14 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
     t.products.append(Product(t.module, positions, outputs, inputs))
     # A lone or unknown channel is no channel: it may be broadcast over others.
     t.set(out, [_channels(t, outputs, out.ndim, clean, sources)] if known else ())
+
+
+def _all_alike(t: Tracer, weight: Tensor) -> bool:
+    """Is it one filter for all channels, as a blur has it, made as often as there are channels?"""
+    if id(weight) in t.names or t.labels(weight):
+        return False
+    t.mattered = True
+    return bool((weight == weight[:1]).all())
 
 
 def _read_by(t: Tracer, weight: Tensor, into: int, ids: Tensor) -> None:

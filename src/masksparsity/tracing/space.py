@@ -195,30 +195,18 @@ def order(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -
         t.set(tensor, [m._replace(clean=False) for m in passing])
 
 
+def fourier(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """Transforms along some axes: what others are labelled by passes."""
+    x, dims, *numbers_ = args
+    found, over = t.labels(x), {d % x.ndim for d in dims}
+    t.record(found, [*numbers_, *([] if found else [x.shape[d] for d in sorted(over)])])
+    t.expose(found)
+    t.pin([m for m in found if m.axes & over], "transformed over channels")
+    t.set(out, [m._replace(sources=frozenset()) for m in found if not m.axes & over], inplace)
+
+
+RULES.update(dict.fromkeys(["_fft_r2c", "_fft_c2r", "_fft_c2c"], fourier))
 RULES.update(dict.fromkeys(["topk", "sort", "cumsum", "cummax", "cummin"], order))
 RULES["max_unpool2d"] = unpool
 RULES["grid_sampler_2d"] = RULES["grid_sampler_3d"] = RULES["cudnn_grid_sampler"] = roi_align
 RULES["torchvision::roi_align"] = RULES["torchvision::roi_pool"] = roi_align
-
-
-# Made from nothing but sizes and a number
-def _blank(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
-    if numbers(args):
-        t.record((), numbers(args))
-    t.blank(out)
-
-
-def _filled(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
-    """Noise or one value, written over what was there."""
-    if inplace and not t.labels(out) and not out._is_view():
-        t.record((), numbers(args))
-        t.blank(out)
-    else:
-        t.unknown(args, kwargs, out)
-
-
-BLANK = """empty empty_like new_empty empty_strided zeros_like ones_like full_like new_zeros
-new_full new_ones rand_like randn_like"""
-RULES.update(dict.fromkeys(BLANK.split(), _blank))
-FILLED = ["bernoulli", "uniform", "normal", "exponential", "zero", "fill"]
-RULES.update(dict.fromkeys(FILLED, _filled))

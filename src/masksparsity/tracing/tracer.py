@@ -6,11 +6,13 @@ Parameters and buffers get labels per axis when an operation first uses them. Wh
 does to labels is the table in `rules.py`; what it does not know is protected.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .labels import ANONYMOUS, NOTHING, Cut, Labels, Norm, Product, Reason, Record, Slot
 from .network import tensors_in, tensors_of
@@ -81,6 +83,7 @@ class Tracer:
         self.decided = False  # values came to Python, which may have chosen its way by them
         self.spoilt: dict[Slot, Reason] = {}
         self.token = object()
+        self.canvases = WeakIdKeyDictionary()  # tensor -> Canvas
         self.spared: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._own: dict[str, tuple[Labels, ...]] = {}
 
@@ -169,15 +172,26 @@ class Tracer:
                     self.pin(self.labels(now), _WRITTEN)
         self.stack[-1] = ""
 
-    def viewed(self, tensor: Tensor) -> None:
+    def viewed(self, tensor: Tensor, views: Iterable[Tensor] = ()) -> None:
         """Others see its memory from now on: what is written to it has to fit all of them."""
         setattr(tensor, _VIEWED, True)
         self.blank(tensor, False)
+        if self.canvases and (canvas := self.canvases.get(whole(tensor))):
+            canvas.views += map(weakref.ref, views)
 
     def blank(self, tensor: Tensor, blank: bool = True) -> None:
         """A tensor of one value, or of noise: all its channels are alike."""
         if blank != self.is_blank(tensor) and id(tensor) not in self.names:
             setattr(tensor, _BLANK, blank)
+
+    def is_untouched(self, tensor: Tensor) -> bool:
+        """Is it, or the tensor whose memory it shows, as forward made it from sizes alone?"""
+        canvas = self.canvases.get(whole(tensor)) if self.canvases else None
+        return canvas is not None and canvas.ids is None
+
+    def is_zero(self, tensor: Tensor) -> bool:
+        """Is it untouched, and all zeros?"""
+        return self.is_untouched(tensor) and self.canvases[whole(tensor)].zero
 
     def is_blank(self, tensor: Tensor) -> bool:
         """Are all its channels alike, as those of a constant are?"""
@@ -354,6 +368,11 @@ class Tracer:
         """The parameters that no operation used."""
         used = self.touched | self._own.keys()
         return tuple([n for n in self.parameters if n not in used])
+
+
+def whole(x: Tensor) -> Tensor:
+    """The tensor whose memory `x` shows."""
+    return x if x._base is None else x._base
 
 
 def numbers(args: Iterable[Any]) -> tuple[Any, ...]:

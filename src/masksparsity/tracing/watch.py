@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .labels import Reason
-from .tracer import Tracer
+from .tracer import Tracer, whole
 
 _WAYS_OUT = ("numpy", "__array__", "tolist", "data_ptr", "__dlpack__", "untyped_storage")
 _LEAVING = frozenset(getattr(Tensor, name) for name in _WAYS_OUT)
@@ -29,6 +29,8 @@ def escapes(tracer: Tracer) -> Iterator[None]:
 
     def leave(method: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         tracer.mattered = tracer.decided = True
+        tracer.blank(x, False)
+        tracer.canvases.pop(whole(x), None)
         if found := tracer.labels(x):
             tracer.operation = method.__name__
             tracer.expose(found)
@@ -52,6 +54,7 @@ def escapes(tracer: Tracer) -> Iterator[None]:
         tracer.expose(found)
         tracer.pin(found, "values are taken over from another tensor")
         tracer.blank(x, False)
+        tracer.canvases.pop(whole(x), None)
         tracer.spare(x)
         data.__set__(x, other)
 
@@ -93,6 +96,7 @@ class Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _LEAVING:
             reason = Reason(LEFT, func.__name__, self.tracer.module)
+            self.tracer.canvases.pop(whole(args[0]), None)
             self.tracer.left += [(m.ids, reason) for m in self.tracer.labels(args[0])]
         try:
             return func(*args, **kwargs)

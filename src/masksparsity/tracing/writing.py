@@ -1,0 +1,165 @@
+"""What forward makes from sizes and numbers, and memory that it fills: `out[:, :8] = a`.
+
+A tensor made from sizes alone is a canvas. As long as copies into slices of it are all that it
+gets, and nobody holds a view of it, it is known which channel every element came from.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import pointwise
+from .labels import ANONYMOUS, Canvas, Labels
+from .tracer import Rule, Tracer, numbers, whole
+
+_EMPTY = -1  # no channel was written here
+
+
+class _Place(NamedTuple):
+    """Where in a tensor a slice of it lies."""
+
+    axes: tuple[int | None, ...]
+    """Of each axis of the slice, that of the tensor; None if it is of length 1."""
+    region: tuple[slice, ...]
+
+
+def _place(root: Tensor, view: Tensor) -> _Place | None:
+    """None for what is no slice, or has its axes in another order."""
+    long = [j for j, n in enumerate(root.shape) if n > 1]
+    offset, starts = int(view.storage_offset() - root.storage_offset()), [0] * root.ndim
+    long.sort(key=root.stride, reverse=True)
+    for j in long:
+        starts[j], offset = divmod(offset, root.stride(j))
+    region, axes = [slice(k, k + 1) for k in starts], list[int | None]()
+    for n, stride in zip(view.shape, view.stride(), strict=True):
+        axes.append(next((j for j in long if n > 1 and root.stride(j) <= stride), None))
+        if n == 1:
+            continue
+        if (axis := axes[-1]) is None or stride % root.stride(axis):
+            return None
+        step = stride // root.stride(axis)
+        region[axis] = slice(starts[axis], starts[axis] + step * (n - 1) + 1, step)
+        if region[axis].stop > root.shape[axis]:
+            return None
+    found = [j for j in axes if j is not None]
+    fits = found == sorted(set(found)) and not offset and view.dtype == root.dtype
+    return _Place((*axes,), (*region,)) if fits else None
+
+
+def copy(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
+    """Elementwise; into a slice of a canvas, it puts channels there."""
+    target, source = args[:2]
+    root = whole(target)
+    canvas = t.canvases.get(root)
+    if canvas is None or not _write(t, canvas, root, target, source):
+        t.canvases.pop(root, None)
+        pointwise.RULES["copy"](t, op, args, kwargs, out, inplace)
+
+
+def _write(t: Tracer, canvas: Canvas, root: Tensor, target: Tensor, source: Tensor) -> bool:
+    """Is it understood?"""
+    found, place, own = t.labels(source), _place(root, target), whole(source) is root
+    held = [x for x in (view() for view in canvas.views) if x is not None]
+    if len(found) != 1 or place is None or any(x is not target and x is not source for x in held):
+        return False
+    (m,), shift = found, target.ndim - source.ndim
+    axes = frozenset(j for a in m.axes if (j := place.axes[a + shift]) is not None)
+    spread = any(source.shape[a] != target.shape[a + shift] for a in m.axes)
+    if len(axes) < len(m.axes) or spread:
+        return False
+    if canvas.ids is None:
+        sizes = [n if a in axes else 1 for a, n in enumerate(root.shape)]
+        canvas.ids, canvas.axes = torch.full(sizes, _EMPTY), axes
+    elif canvas.axes != axes:
+        return False
+    t.record(found)
+    t.expose(found)
+    region = tuple(r if a in axes else slice(None) for a, r in enumerate(place.region))
+    here = canvas.ids[region]
+    new = m.ids.reshape(here.shape)
+    kept = torch.where(here == _EMPTY, new, here)
+    t.unite(kept, new)  # one over the other, or side by side in space: one channel
+    canvas.ids = canvas.ids.clone()
+    canvas.ids[region] = kept
+    canvas.clean &= m.clean or own
+    if not canvas.zero:
+        _cover(canvas, root, place, _place(root, source) if own else None)
+    clean = canvas.clean and (canvas.covered is None or bool(canvas.covered.all()))
+    t.set(root, [Labels(canvas.ids.clamp(min=ANONYMOUS), axes, clean)])
+    return True
+
+
+def _cover(canvas: Canvas, root: Tensor, place: _Place, origin: _Place | None) -> None:
+    """Something known is written there; or, from elsewhere in the canvas, what is known of that."""
+    if canvas.covered is None:
+        canvas.covered = torch.zeros(root.shape, dtype=torch.bool)
+    known = canvas.covered[origin.region].clone() if origin else torch.tensor(True)
+    canvas.covered[place.region] = known
+
+
+_FEW = 64  # values of a tensor made in forward that are compared one by one
+
+
+def lift(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """`torch.tensor(...)` in forward: its values may follow from a width."""
+    few = out.numel() <= _FEW or out.is_complex()
+    values = out.flatten().tolist() if few else [float(out.double().sum())]
+    t.record((), values)
+    if not out.ndim:
+        _begin(t, out, values == [0])
+
+
+def blank(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
+    """Made from nothing but sizes and a number."""
+    if numbers(args):
+        t.record((), numbers(args))
+    _begin(t, out, "zeros" in op or 0 in numbers(args))
+
+
+def filled(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
+    """Noise or one value, written over what was there."""
+    zero = op == "zero" or (op == "fill" and _is_zero(t, args[1]))
+    found = t.labels(out)
+    if inplace and zero and found and id(out) not in t.names:  # its zeros stay zero
+        t.record(found, numbers(args))
+        t.expose(found)
+    elif inplace and not found and not out._is_view():
+        t.record((), numbers(args))
+        _begin(t, out, zero)
+    else:
+        t.unknown(args, kwargs, out)
+
+
+def index_put(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """`x[x < 0] = 0`"""
+    x, places, value = args[:3]
+    (first, *more) = places
+    elementwise = not more and first.dtype == torch.bool and first.shape == x.shape
+    if elementwise and not value.ndim:
+        pointwise.RULES["masked_fill"](t, op, (x, first, value), {}, out, inplace)
+    else:
+        t.unknown(args, kwargs, out)
+
+
+def _is_zero(t: Tracer, value: Any) -> bool:
+    return t.is_zero(value) if isinstance(value, Tensor) else value == 0
+
+
+def _begin(t: Tracer, out: Tensor, zero: bool) -> None:
+    t.blank(out)
+    if id(out) not in t.names:
+        t.canvases[out] = Canvas(zero)
+
+
+BLANK = """empty empty_like new_empty empty_strided zeros zeros_like new_zeros ones ones_like
+new_ones full full_like new_full scalar_tensor rand rand_like randn randn_like"""
+FILLED = ("bernoulli", "uniform", "normal", "exponential", "zero", "fill")
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(BLANK.split(), blank),
+    **dict.fromkeys(FILLED, filled),
+    "copy": copy,
+    "index_put": index_put,
+    "lift_fresh": lift,
+}

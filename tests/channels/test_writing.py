@@ -1,0 +1,184 @@
+"""What forward makes from sizes alone and fills piece by piece."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import masksparsity as ms
+
+from .networks import calibrated, random_mask
+from .test_exact import TOLERANCE, _distance, attempt
+from .test_hidden import Middle, row
+
+
+def written(out: Tensor, *pairs: tuple) -> Tensor:
+    for place, value in pairs:
+        out[place] = value
+    return out
+
+
+class At:
+    def __getitem__(self, place):
+        return place
+
+
+AT, ALL = At(), slice(None)
+FREE = {
+    "border": lambda s, x: written(x.new_zeros(*x.shape[:2], 8, 8), (AT[..., 1:-1, 1:-1], x)),
+    "rows": lambda s, x: written(torch.zeros_like(x), (AT[:, :, 1:], x[:, :, :-1])),
+    "halves": lambda s, x: written(
+        torch.empty_like(x), (AT[:, :, :3], x[:, :, 3:].relu()), (AT[:, :, 3:], x[:, :, :3])
+    ),
+    "every second": lambda s, x: written(x.new_zeros(*x.shape[:2], 12, 12), (AT[..., ::2, ::2], x)),
+    "two layers": lambda s, x: written(
+        torch.empty_like(x), (AT[..., ::2], x[..., ::2].relu()), (AT[..., 1::2], s.n(x)[..., ::2])
+    ),
+    "last axis": lambda s, x: written(
+        x.new_empty(len(x), 6, 6, x.shape[1]), (ALL, x.permute(0, 2, 3, 1))
+    ).permute(0, 3, 1, 2),
+    "frames": lambda s, x: written(
+        x.new_zeros(len(x), 2, *x.shape[1:]), (AT[:, 0], x), (AT[:, 1], 2 * x)
+    ).mean(1),
+    "circular": lambda s, x: F.pad(x, (2, 1, 1, 2), mode="circular"),
+    "zero rows": lambda s, x: written(x.clone(), (AT[:, :, 0], 0)),
+    "zero where": lambda s, x: written((y := x.clone()), (y < 0.1, 0)),
+    "or zero": lambda s, x: torch.where(x > 0.1, x, 0.0),
+    "or zeros": lambda s, x: torch.where(x > 0.1, x, torch.zeros_like(x)),
+    "one filter for all": lambda s, x: F.conv2d(
+        x, x.new_ones(1, 1, 3, 3).expand(x.shape[1], -1, -1, -1), groups=x.shape[1]
+    ),
+    "its copies": lambda s, x: F.conv2d(
+        x, row(1, 1, 3, 3).to(x).repeat(x.shape[1], 1, 1, 1), groups=x.shape[1]
+    ),
+    "frequencies": lambda s, x: torch.fft.irfft2(torch.fft.rfft2(x) * 2, s=x.shape[2:]),
+    "real and imaginary": lambda s, x: torch.fft.irfft2(
+        torch.complex(*[part.relu() for part in (torch.fft.rfft2(x).real, torch.fft.rfft2(x).imag)])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_channels_are_followed_into_memory_and_stay_free(name):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.double)
+    model = calibrated(Middle(FREE[name], n=nn.BatchNorm2d(8)), x)
+    graph = ms.trace(model, x)
+    assert [g.size for g in graph.prunable] == [8], graph
+    for seed in range(3):
+        keep = random_mask(graph, seed)
+        with torch.no_grad():
+            masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
+            assert masked(x).abs().max() > 0
+            assert _distance(masked(x), slim(x)) <= TOLERANCE
+
+
+def held(s: nn.Module, x: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    view = out[:, :, 1:]
+    out[:, :, 1:] = x[:, :, 1:]
+    return out + view.sum((2, 3), keepdim=True)
+
+
+def beside(s: nn.Module, x: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    out[:, :, :1] += x[:, :, :1].sigmoid()
+    out[:, :, 1:] = x[:, :, 1:]
+    return out
+
+
+def by_numpy(s: nn.Module, x: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    out.numpy()[:, 3] = 7
+    return torch.where(x > 0, x, out)
+
+
+BOUND = {
+    "held": held,
+    "beside": beside,
+    "by numpy": by_numpy,
+    "not all covered": lambda s, x: written(torch.ones_like(x), (AT[:, :, 1:], x[:, :, 1:])),
+    "a row of ones": lambda s, x: written(
+        torch.zeros_like(x), (AT[:, :, 1:], x[:, :, 1:]), (AT[:, :, :1], 1.0)
+    ),
+    "unclean": lambda s, x: written(torch.zeros_like(x), (AT[:, :, 1:], x[:, :, 1:].sigmoid())),
+    "literal": lambda s, x: written(torch.zeros_like(x), (AT[:, :3], x[:, :3])),
+    "literal width": lambda s, x: written(
+        x.new_zeros(len(x), 8, *x.shape[2:]), (AT[:, : x.shape[1]], x)
+    ),
+    "in another order": lambda s, x: written(
+        torch.empty_like(x), (AT[:, :4], x[:, 4:]), (AT[:, 4:], x[:, :4])
+    ),
+    "first ones zero": lambda s, x: written(x.clone(), (AT[:, :4], 0)),
+    "not zero where": lambda s, x: written((y := x.clone()), (y < 0.1, 0.1)),
+    "filters of their own": lambda s, x: F.conv2d(x, row(8, 1, 3, 3).to(x), groups=x.shape[1]),
+    "over channels": lambda s, x: torch.fft.fft(x, dim=1).real,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOUND)
+def test_what_is_not_known_of_memory_is_exact_or_refused(name):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        outcome, distance = attempt(Middle(BOUND[name]), seed, empty=0.0)
+        assert outcome != "wrong", distance
+    x = torch.randn(2, 3, 6, 6)
+    assert sum(g.size for g in ms.trace(Middle(BOUND[name]), x).prunable) < 8
+
+
+class Program(nn.Module):
+    """Three convolutions, whose channels are written into memory by a list of steps."""
+
+    def __init__(self, make: str, beside: bool, steps: list[tuple]):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 3, padding=1)])
+        self.make, self.beside, self.steps = make, beside, steps
+        self.norm = nn.BatchNorm2d(12 if beside else 6)
+        self.last = nn.Conv2d(12 if beside else 6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [conv(x) for conv in self.convs]
+        width = parts[0].shape[1]
+        shape = (len(x), 2 * width if self.beside else width, *x.shape[2:])
+        out = {"zeros": x.new_zeros, "empty": x.new_empty, "ones": x.new_ones}[self.make](shape)
+        views = []
+        for k, rows, act, how in self.steps:
+            part = parts[k].relu() if act == "relu" else parts[k].sigmoid() if act else parts[k]
+            target = out[:, k * width : (k + 1) * width] if self.beside else out
+            if how == "hold":
+                views.append(target[:, :, rows])
+            elif how == "fill":
+                target[:, :, rows] = 0
+            elif how == "add":
+                target[:, :, rows] += part[:, :, rows]
+            elif how == "from itself":
+                target[:, :, rows] = target[:, :, rows].flip(2)
+            else:
+                target[:, :, rows] = part[:, :, rows]
+        total = sum(view.nan_to_num(0.0, 0.0, 0.0).mean() for view in views)
+        return self.last(self.norm(out.nan_to_num(0.0, 0.0, 0.0))).mean((2, 3)) + total
+
+
+PARTS = [slice(0, 4), slice(4, None), slice(None, None, 2), slice(1, None, 2)]
+rows = st.sampled_from([*[slice(None)] * 4, *PARTS])
+step = st.tuples(
+    st.integers(0, 1), rows, st.sampled_from([*["", "relu"] * 4, "sigmoid"]),
+    st.sampled_from([*[""] * 12, "hold", "fill", "add", "from itself"]),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    make=st.sampled_from(["zeros", "empty", "ones"]), beside=st.booleans(),
+    steps=st.lists(step, min_size=1, max_size=4), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_random_programs_are_exact_or_refused(make, beside, steps, seed):
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True)  # not a number where nothing was written
+    try:
+        outcome, distance = attempt(Program(make, beside, steps), seed, empty=0.0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert outcome != "wrong", distance
