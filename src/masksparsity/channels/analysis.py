@@ -41,7 +41,8 @@ def trace(
             `tie` is not in it, or tied layers have different widths.
 
     Where all code in forward is that of libraries and nothing looks at values, no convolution is
-    computed; code of yours always sees real values, in train mode, too, and its lengths are tried.
+    computed; code of yours sees real values, in train mode, too, and its lengths are tried on
+    pruned copies, whose convolutions give ones.
 
     The model, its mode and the random state stay as they were. Inside DistributedDataParallel and
     `torch.compile` the bare network is traced.

@@ -95,6 +95,8 @@ class ChannelGraph:
     """Where code takes axes apart, in units."""
     training: int
     """How many times it was traced in train mode as well, for what is done there only."""
+    doubled: bool
+    """There, on two examples instead of one."""
     records: tuple[Record, ...]
     """What operations read, in labels: several may be of one unit, and their order matters."""
     labels: Mapping[Slot, Tensor]

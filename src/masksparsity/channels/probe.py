@@ -2,7 +2,8 @@
 
 Code may hold lengths that do not follow the tensors. Only running it tells. So a mask is tried on
 it, as it would be on the day of pruning; what the proof refuses is protected, and the next mask is
-tried. Networks of libraries' modules that take no axis apart pay nothing.
+tried. Networks of libraries' modules that take no axis apart pay nothing. Copies with channels left
+out at random compute nothing that makes sense, so their convolutions are not computed at first.
 """
 
 from collections import Counter
@@ -16,7 +17,7 @@ from ..tracing.labels import Reason
 from ..tracing.tracer import Tracer
 from .groups import ChannelGraph, ChannelGroup
 from .mask import KeepMask
-from .surgery import prune
+from .surgery import remove
 from .verify import Refusal
 
 _MOST = 64  # tries: what is refused then is refused when one prunes
@@ -33,7 +34,7 @@ def protect_what_is_refused(
     passed = 0
     for trial in range(_MOST):
         try:
-            prune(model, graph, _some(graph, trial))
+            remove(model, graph, _some(graph, trial), made_up=True)
             passed += 1
             if passed == _ENOUGH:
                 break

@@ -66,6 +66,7 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
             for c in tracer.cuts
         ),
         training=tracer.trained,
+        doubled=tracer.doubled,
         records=tuple(tracer.records),
         labels=dict(tracer.slots),
         unit_of=unit[component],

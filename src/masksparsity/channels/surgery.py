@@ -11,7 +11,15 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_map
 
 from ..errors import MaskSparsityError
-from ..tracing.network import duplicate, evaluating, like, named_tensors, tensors_in, unwrap
+from ..tracing.network import (
+    duplicate,
+    evaluating,
+    like,
+    made_up_will_do,
+    named_tensors,
+    tensors_in,
+    unwrap,
+)
 from . import constraints as limits
 from .absorb import absorb as hand_over
 from .groups import ChannelGraph
@@ -56,6 +64,19 @@ def prune(
             shape that is not its parameter's, or if the slim model cannot be proved to read the
             same channels as before. Nothing has changed then.
     """
+    made_up = graph.made_up and made_up_will_do(model)
+    return remove(model, graph, keep, optimizer, absorb, made_up)
+
+
+def remove(
+    model: nn.Module,
+    graph: ChannelGraph,
+    keep: KeepMask,
+    optimizer: torch.optim.Optimizer | None = None,
+    absorb: Literal["exact", "bias"] | None = None,
+    made_up: bool = False,
+) -> nn.Module:
+    """`prune`; with `made_up`, the first proof computes no convolution."""
     graph.check(model)
     model = unwrap(model)
     for group, missed in zip(graph.groups, graph.branches.missed(keep.kept), strict=True):
@@ -75,24 +96,25 @@ def prune(
             kept_of.setdefault(name, []).append((axis, kept.nonzero().squeeze(1)))
     now = dict(named_tensors(model))
     slim = rebuild(model, {n: cut(now[n].detach(), axes) for n, axes in kept_of.items()})
-    _settle(model, slim, graph, keep)
+    _settle(model, slim, graph, keep, made_up)
     if optimizer is not None:
         _carry_over(optimizer, tensors, dict(named_tensors(slim)), kept_of)
     return slim
 
 
-def _settle(model: nn.Module, slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
+def _settle(
+    model: nn.Module, slim: nn.Module, graph: ChannelGraph, keep: KeepMask, made_up: bool
+) -> None:
     """Prove that `slim` is right; if it is not, let the lengths that are written down in its
     modules' attributes follow, and prove again."""
     try:
-        prove(slim, graph, keep)
+        prove(slim, graph, keep, made_up)
         return
     except Refusal:
         # What the model cached since it was traced has no labels, and what it does may depend on
         # values: trace it as it is now, and with the values that the slim model has, to more
         # digits than rounding could turn.
         masked = apply_mask(model, graph, keep)
-        graph = replace(graph, made_up=False)
     as_proved: Callable[[nn.Module], nn.Module] = _double
     try:
         records = records_now(_double(masked), graph)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import MaskSparsityError
 from ..tracing.forward import run, run_training
 from ..tracing.labels import Record
-from ..tracing.network import like, made_up_will_do
+from ..tracing.network import like
 from ..tracing.tracer import Tracer
 from .groups import ChannelGraph
 from .mask import KeepMask
@@ -45,31 +45,31 @@ class Refusal(MaskSparsityError):
 
 def records_now(model: nn.Module, graph: ChannelGraph) -> tuple[Record, ...]:
     """What a run of the dense model records with the labels that it was traced with."""
-    tracer = Tracer(model, graph.rules, dict(graph.labels), _made_up(model, graph))
-    args, kwargs = like(graph.example, model)
-    run(tracer, model, args, kwargs)
-    if graph.training:
-        run_training(tracer, model, args, kwargs, graph.training)
+    tracer = Tracer(model, graph.rules, dict(graph.labels))
+    _replay(tracer, model, graph)
     return tuple(tracer.records)
 
 
-def _made_up(model: nn.Module, graph: ChannelGraph) -> bool:
-    return graph.made_up and made_up_will_do(model)
+def _replay(tracer: Tracer, model: nn.Module, graph: ChannelGraph) -> None:
+    args, kwargs = like(graph.example, model)
+    run(tracer, model, args, kwargs)
+    if graph.training:
+        tracer.doubled = graph.doubled
+        run_training(tracer, model, args, kwargs, graph.training)
 
 
-def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask) -> None:
+def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask, made_up: bool = False) -> None:
     """Raises MaskSparsityError, naming the module, unless every consumer of `slim` reads the
-    channels that `keep` leaves of what it read in the traced model, in the same order."""
+    channels that `keep` leaves of what it read in the traced model, in the same order.
+
+    made_up: no convolution is computed."""
     units = torch.cat([keep.units, torch.ones(1, dtype=torch.bool)])  # -1: of no group
     stays = units[graph.unit_of]
     given = {slot: labels[stays[labels]] for slot, labels in graph.labels.items()}
-    tracer = Tracer(slim, graph.rules, given, _made_up(slim, graph))
-    args, kwargs = like(graph.example, slim)
+    tracer = Tracer(slim, graph.rules, given, made_up)
     failure = None
     try:
-        run(tracer, slim, args, kwargs)
-        if graph.training:
-            run_training(tracer, slim, args, kwargs, graph.training)
+        _replay(tracer, slim, graph)
     except Exception as error:
         failure = error
     _compare(slim, tracer, graph, stays, ran=failure is None)

@@ -191,19 +191,32 @@ def run_training(
     tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, times: int | None = None
 ) -> None:
     """More forwards, in train mode, for what is done there only, such as auxiliary heads; several
-    where its way may depend on random numbers, or as many as are given. What fails (for want of
-    targets, say) teaches nothing."""
-    args, kwargs = tree_map(at_least_two, (args, kwargs))
+    where its way may depend on random numbers, or as many as are given. A batch of one is doubled
+    if that helps: a norm may need two values. What fails then, too (for want of targets, say),
+    teaches nothing."""
+    twice = tree_map(at_least_two, (args, kwargs))
+    pairs = zip(tensors_in((args, kwargs)), tensors_in(twice), strict=True)
+    alone = any(x is not y for x, y in pairs)
     for seed in range(times or _DRAWS):
-        if not _run_training(tracer, model, args, kwargs, seed) and times is None:
+        if tracer.doubled:
+            args, kwargs = twice
+        more = _run_training(tracer, model, args, kwargs, seed)
+        if more is None and alone and not tracer.doubled:
+            tracer.doubled = True
+            args, kwargs = twice
+            more = _run_training(tracer, model, args, kwargs, seed)
+        tracer.mattered |= more is None  # it may have failed for its values
+        if not more and times is None:
             return
 
 
 _DRAWS = 4
 
 
-def _run_training(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, seed: int) -> bool:
-    """Is it worth another one?"""
+def _run_training(
+    tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, seed: int
+) -> bool | None:
+    """Is it worth another one? None if it failed."""
     buffers = [(t, t.clone()) for t in tracer.tensors.values() if not isinstance(t, nn.Parameter)]
     t = tracer
     kept = (t.edges, t.pins, t.records, t.products, t.swallowed, t.cuts)
@@ -215,10 +228,9 @@ def _run_training(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, s
     except Exception:
         if tracer.given:
             raise
-        tracer.mattered = True  # it may have failed for its values
         for part, length in zip(kept, lengths, strict=True):
             del part[length:]  # type: ignore[attr-defined]
-        return False
+        return None
     finally:
         del tracer.products[lengths[3] :]  # costs are those of inference
         with torch.no_grad():

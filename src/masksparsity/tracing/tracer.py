@@ -80,6 +80,7 @@ class Tracer:
         self.left: list[tuple[Tensor, Reason]] = []  # values that left PyTorch during the proof
         self.touched: set[str] = set()  # names of the tensors that took part
         self.trained = 0  # forwards in train mode
+        self.doubled = False  # of two examples, where there was one
         self.decided = False  # values came to Python, which may have chosen its way by them
         self.spoilt: dict[Slot, Reason] = {}
         self.token = object()
