@@ -10,7 +10,7 @@ from torch import nn
 
 import masksparsity as ms
 from masksparsity.channels import analysis
-from masksparsity.tracing import forward
+from masksparsity.tracing import forward, standin
 
 from .networks import networks
 from .test_hidden import Middle
@@ -35,13 +35,13 @@ def test_the_same_graph_as_with_values(model):
 
 
 def test_no_convolution_is_computed_where_values_do_not_matter(monkeypatch):
-    outs, stand_in = [], forward._stand_in
+    outs = []
 
     def watched(*args):
-        outs.append(stand_in(*args))
+        outs.append(standin.stand_in(*args))
         return outs[-1]
 
-    monkeypatch.setattr(forward, "_stand_in", watched)
+    monkeypatch.setattr(forward, "stand_in", watched)
     graph = ms.trace(ms.models.create("resnet20", shortcut="B"), torch.randn(1, 3, 32, 32))
     assert graph.made_up
     assert len(outs) == 21
@@ -55,7 +55,7 @@ def test_what_stands_in_has_the_shape_of_the_result(dims, stride, padding, dilat
     layer = kind(4, 6, 3, stride, padding, dilation, groups=2)
     x = torch.randn(2, 4, *range(7, 7 + dims))
     lists = [[n] * dims for n in (stride, padding, dilation)]
-    out = forward._stand_in(x, layer.weight, layer.bias, *lists, False, [0] * dims, 2)
+    out = standin.stand_in(x, layer.weight, layer.bias, *lists, False, [0] * dims, 2)
     assert out.shape == layer(x).shape
     assert out.stride() == layer(x).stride()
 
@@ -108,11 +108,11 @@ def test_where_the_memory_format_is_open_it_is_not_guessed():
     x, one = torch.rand(2, 3, 4, 4), torch.rand(2, 4, 4, 1).movedim(-1, 1)
     weight, last = torch.rand(8, 3, 1, 1), torch.rand(8, 1, 1, 3).movedim(-1, 1)
     rest = (None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
-    assert forward._stand_in(x, weight, *rest) is not None
+    assert standin.stand_in(x, weight, *rest) is not None
     assert last.is_contiguous()
-    assert forward._stand_in(x, last, *rest) is None
+    assert standin.stand_in(x, last, *rest) is None
     assert one.is_contiguous()
-    assert forward._stand_in(one, weight[:, :1].contiguous(), *rest) is None
+    assert standin.stand_in(one, weight[:, :1].contiguous(), *rest) is None
 
 
 def test_a_model_that_does_not_run_is_told_with_its_layer():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from .memory import root
 from .network import (
     at_least_two,
     eager,
@@ -22,7 +23,8 @@ from .network import (
     tensors_in,
     unchanged,
 )
-from .tracer import Rule, Tracer, whole
+from .standin import CONVOLUTION, stand_in
+from .tracer import Rule, Tracer
 from .watch import Calls, escapes, module_stack
 
 
@@ -46,7 +48,7 @@ class Operations(TorchDispatchMode):
         rule, operation, inplace, writes = known
         given = self._before(func, operation, args, kwargs) if writes else args
         try:
-            out = _stand_in(*args) if func is _CONVOLUTION and tracer.made_up else None
+            out = stand_in(*args) if func is CONVOLUTION and tracer.made_up else None
             if out is None:
                 out = func(*args, **kwargs)
         except Exception as error:
@@ -69,9 +71,9 @@ class Operations(TorchDispatchMode):
             written = args[0]
         for x in (*written, *kwargs.values()):
             if isinstance(x, Tensor):
-                self.tracer.spare(whole(x))
+                self.tracer.memory.spare(root(x))
                 if operation != "copy":
-                    self.tracer.canvases.pop(whole(x), None)
+                    self.tracer.memory.overwrite(x)
         if torch.Tag.inplace_view not in func.tags:
             return args
         before = args[0].detach()
@@ -100,58 +102,6 @@ def _schema(func: Any) -> tuple[str, bool, bool, bool]:
     return base, inplace, writes, into
 
 
-_CONVOLUTION = torch.ops.aten.convolution.default
-
-
-def _stand_in(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-    groups: int,
-) -> Tensor | None:
-    """Ones in place of a convolution's result, in no time; None for all but plain arguments, to be
-    computed or refused."""
-    axes = x.ndim - 2
-    if (
-        transposed
-        or weight.ndim != x.ndim
-        or x.shape[1] != weight.shape[1] * groups
-        or weight.shape[0] % groups
-        or not len(stride) == len(padding) == len(dilation) == axes
-        or any(t.dtype != x.dtype or t.device != x.device for t in (weight, bias) if t is not None)
-        or (bias is not None and bias.shape != weight.shape[:1])
-        or min(*stride, *dilation) < 1
-        or min(padding) < 0
-        or not _in_order(x)
-        or not _in_order(weight)
-    ):
-        return None
-    room = [
-        n + 2 * p - d * (k - 1) - 1
-        for n, p, d, k in zip(x.shape[2:], padding, dilation, weight.shape[2:], strict=True)
-    ]
-    if min(room) < 0:
-        return None
-    return x.new_ones(
-        x.shape[0], weight.shape[0], *[r // s + 1 for r, s in zip(room, stride, strict=True)]
-    )
-
-
-def _in_order(x: Tensor) -> bool:
-    """Contiguous, and in no other memory format as well, as maps of one channel may be."""
-    step = 1
-    for n, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
-        if stride != step:
-            return False
-        step *= n
-    return True
-
-
 def run(
     tracer: Tracer,
     model: nn.Module,
@@ -164,7 +114,7 @@ def run(
     take another way next time?"""
     tracer.decided = False
     with contextlib.ExitStack() as stack, unchanged(tracer.modules.values()):
-        stack.callback(tracer.restore)
+        stack.callback(tracer.memory.restore)
         with (
             evaluating(tracer.modules.values(), training, seed) as drawn,
             eager(),

@@ -1,7 +1,5 @@
 """What travels beside tensors, and what operations leave behind: the words of a trace."""
 
-import weakref
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -71,23 +69,6 @@ class Product(NamedTuple):
     factor: float
     outputs: Tensor
     inputs: Tensor
-
-
-@dataclass
-class Canvas:
-    """What has been written to a tensor that forward made from sizes alone."""
-
-    zero: bool
-    """Is it zero where nothing was written?"""
-    views: list[weakref.ref] = field(default_factory=list)
-    """Others that show its memory."""
-    axes: frozenset[int] = frozenset()
-    """Those along which channels were written."""
-    ids: Tensor | None = None
-    """Like those of `Labels`; -1 where no channel was written."""
-    clean: bool = True
-    covered: Tensor | None = None
-    """bool, of its shape, if it is not zero: where it was written to."""
 
 
 class Norm(NamedTuple):

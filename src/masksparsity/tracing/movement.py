@@ -132,16 +132,16 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
     def apply(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
         x, *rest = args
         if alias:
-            t.viewed(x, out if isinstance(out, (tuple, list)) else [out])
+            t.memory.share(x, out if isinstance(out, (tuple, list)) else [out])
             if move is _same:  # `detach` and `.data` do not say that they are views
-                t.viewed(out)
+                t.memory.share(out)
             if op.startswith("unsafe_"):  # nor do these
                 for part in out:
-                    t.viewed(part)
+                    t.memory.share(part)
         found = t.labels(x)
         if not found and not hasattr(out, "_masksparsity_labels"):
             # Which of its values come where may follow from a width, unless all are alike.
-            if move is not _same and not t.is_untouched(x):
+            if move is not _same and not t.memory.is_untouched(x):
                 how = [] if _all_alike(move, x, rest) else numbers(tree_leaves(rest))
                 t.record((), [*extents(x), *how])
             return
@@ -255,7 +255,7 @@ def restride(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: b
     then the shape says it all."""
     x, size, stride = args[:3]
     if list(x.shape) == list(size) == [*size[:2], *[1] * (len(size) - 2)] and stride[1] == 1:
-        t.viewed(x, [out])
+        t.memory.share(x, [out])
         t.set(out, t.labels(x))
     else:
         t.unknown(args, kwargs, out)

@@ -28,7 +28,7 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
                 t.record((), scalars)
             if inplace:
                 t.set(out, ())
-            t.blank(out, bool(tensors) and all(map(t.is_blank, tensors)))
+            t.memory.blank(out, bool(tensors) and all(map(t.memory.is_blank, tensors)))
             return
         t.record(labels, scalars)
         t.expose(labels)
@@ -110,7 +110,7 @@ def _merge(
         if len(clean) < len(tensors) and any(
             index not in clean
             and any(_varies(x, a - out.ndim + x.ndim) for a in axes)
-            and not t.is_blank(x)
+            and not t.memory.is_blank(x)
             for index, x in enumerate(tensors)
         ):
             t.pin(ids, "meets a tensor whose channels are unknown")
@@ -118,7 +118,7 @@ def _merge(
         flags, index = [], 0
         for a in args:
             if isinstance(a, Tensor):
-                flags.append(clean[index] if index in clean else t.is_zero(tensors[index]))
+                flags.append(clean[index] if index in clean else t.memory.is_zero(tensors[index]))
                 index += 1
             elif isinstance(a, (int, float)):
                 flags.append(a == 0)

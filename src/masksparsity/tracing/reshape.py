@@ -12,7 +12,7 @@ from .tracer import Rule, Tracer, extents
 
 def reshape(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     x = args[0]
-    t.viewed(x, [out])
+    t.memory.share(x, [out])
     found = t.labels(x)
     if not found:
         t.record((), [*extents(x), *extents(out)])

@@ -6,20 +6,18 @@ Parameters and buffers get labels per axis when an operation first uses them. Wh
 does to labels is the table in `rules.py`; what it does not know is protected.
 """
 
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .labels import ANONYMOUS, NOTHING, Cut, Labels, Norm, Product, Reason, Record, Slot
+from .memory import Memory
 from .network import tensors_in, tensors_of
 
 _DECIDING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
-_LABELS, _VIEWED = "_masksparsity_labels", "_masksparsity_viewed"
-_BLANK = "_masksparsity_blank"
+_LABELS = "_masksparsity_labels"
 _WRITTEN = "a parameter or buffer is written in forward"
 
 Rule = Callable[["Tracer", str, Any, Any, Any, bool], None]
@@ -84,8 +82,7 @@ class Tracer:
         self.decided = False  # values came to Python, which may have chosen its way by them
         self.spoilt: dict[Slot, Reason] = {}
         self.token = object()
-        self.canvases = WeakIdKeyDictionary()  # tensor -> Canvas
-        self.spared: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.memory = Memory(self.names)
         self._own: dict[str, tuple[Labels, ...]] = {}
 
     @property
@@ -144,7 +141,7 @@ class Tracer:
             lost = [m for m in labels if not m.clean]
             self.pin(lost, _WRITTEN)
             return
-        if inplace and (getattr(out, _VIEWED, False) or out._is_view()):
+        if inplace and self.memory.is_viewed(out):
             # Others see the same memory and still believe that its zeros stay zero.
             self.pin([m for m in labels if not m.clean], "a view is overwritten")
         if labels or hasattr(out, _LABELS):
@@ -172,31 +169,6 @@ class Tracer:
                 else:
                     self.pin(self.labels(now), _WRITTEN)
         self.stack[-1] = ""
-
-    def viewed(self, tensor: Tensor, views: Iterable[Tensor] = ()) -> None:
-        """Others see its memory from now on: what is written to it has to fit all of them."""
-        setattr(tensor, _VIEWED, True)
-        self.blank(tensor, False)
-        if self.canvases and (canvas := self.canvases.get(whole(tensor))):
-            canvas.views += map(weakref.ref, views)
-
-    def blank(self, tensor: Tensor, blank: bool = True) -> None:
-        """A tensor of one value, or of noise: all its channels are alike."""
-        if blank != self.is_blank(tensor) and id(tensor) not in self.names:
-            setattr(tensor, _BLANK, blank)
-
-    def is_untouched(self, tensor: Tensor) -> bool:
-        """Is it, or the tensor whose memory it shows, as forward made it from sizes alone?"""
-        canvas = self.canvases.get(whole(tensor)) if self.canvases else None
-        return canvas is not None and canvas.ids is None
-
-    def is_zero(self, tensor: Tensor) -> bool:
-        """Is it untouched, and all zeros?"""
-        return self.is_untouched(tensor) and self.canvases[whole(tensor)].zero
-
-    def is_blank(self, tensor: Tensor) -> bool:
-        """Are all its channels alike, as those of a constant are?"""
-        return getattr(tensor, _BLANK, False)
 
     def cut(self, whole: Tensor, pieces: Iterable[Tensor], numbers: Iterable[int] = ()) -> None:
         """Channels fall into pieces, whose lengths the code takes from somewhere."""
@@ -331,7 +303,7 @@ class Tracer:
         self.pin(found, "unknown operation")
         for tensor in tensors_in(out):
             self.set(tensor, ())
-            self.blank(tensor, False)
+            self.memory.blank(tensor, False)
 
     def blame(self, error: Exception, args: Any) -> None:
         """Keep what flowed into the operation that raised; the innermost of those passing it on."""
@@ -339,23 +311,11 @@ class Tracer:
             flowing = [x for x in tensors_in(args) if id(x) not in self.names]
             self.fault = (error, [m.ids for x in flowing for m in self.labels(x)])
 
-    def spare(self, tensor: Tensor) -> None:
-        """One of the model's own tensors is about to be written to: keep what it holds."""
-        if id(tensor) in self.names and id(tensor) not in self.spared:
-            self.spared[id(tensor)] = (tensor, tensor.data, tensor.detach().clone())
-
-    def restore(self) -> None:
-        """Undo what was written to the model's own tensors."""
-        for tensor, data, value in self.spared.values():
-            tensor.data = data
-            tensor.data.copy_(value)
-        self.spared.clear()
-
     def forget(self, tensor: Tensor) -> None:
         """Take off what travels beside a tensor."""
-        for key in (_LABELS, _VIEWED, _BLANK):
-            if hasattr(tensor, key):
-                delattr(tensor, key)
+        self.memory.forget(tensor)
+        if hasattr(tensor, _LABELS):
+            delattr(tensor, _LABELS)
 
     def _labelled(self, slot: Slot) -> bool:
         # Of weights with a kernel only the two channel axes; an axis of size 1 broadcasts.
@@ -369,11 +329,6 @@ class Tracer:
         """The parameters that no operation used."""
         used = self.touched | self._own.keys()
         return tuple([n for n in self.parameters if n not in used])
-
-
-def whole(x: Tensor) -> Tensor:
-    """The tensor whose memory `x` shows."""
-    return x if x._base is None else x._base
 
 
 def numbers(args: Iterable[Any]) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .labels import Reason
-from .tracer import Tracer, whole
+from .tracer import Tracer
 
 _WAYS_OUT = ("numpy", "__array__", "tolist", "data_ptr", "__dlpack__", "untyped_storage")
 _LEAVING = frozenset(getattr(Tensor, name) for name in _WAYS_OUT)
@@ -29,8 +29,8 @@ def escapes(tracer: Tracer) -> Iterator[None]:
 
     def leave(method: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         tracer.mattered = tracer.decided = True
-        tracer.blank(x, False)
-        tracer.canvases.pop(whole(x), None)
+        tracer.memory.blank(x, False)
+        tracer.memory.overwrite(x)
         if found := tracer.labels(x):
             tracer.operation = method.__name__
             tracer.expose(found)
@@ -53,9 +53,9 @@ def escapes(tracer: Tracer) -> Iterator[None]:
         tracer.operation = ".data ="
         tracer.expose(found)
         tracer.pin(found, "values are taken over from another tensor")
-        tracer.blank(x, False)
-        tracer.canvases.pop(whole(x), None)
-        tracer.spare(x)
+        tracer.memory.blank(x, False)
+        tracer.memory.overwrite(x)
+        tracer.memory.spare(x)
         data.__set__(x, other)
 
     with _ALONE, contextlib.ExitStack() as patches:
@@ -96,7 +96,7 @@ class Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _LEAVING:
             reason = Reason(LEFT, func.__name__, self.tracer.module)
-            self.tracer.canvases.pop(whole(args[0]), None)
+            self.tracer.memory.overwrite(args[0])
             self.tracer.left += [(m.ids, reason) for m in self.tracer.labels(args[0])]
         try:
             return func(*args, **kwargs)

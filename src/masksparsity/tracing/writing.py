@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from . import pointwise
-from .labels import ANONYMOUS, Canvas, Labels
-from .tracer import Rule, Tracer, numbers, whole
+from .labels import ANONYMOUS, Labels
+from .memory import Canvas, root
+from .tracer import Rule, Tracer, numbers
 
 _EMPTY = -1  # no channel was written here
 
@@ -24,42 +25,42 @@ class _Place(NamedTuple):
     region: tuple[slice, ...]
 
 
-def _place(root: Tensor, view: Tensor) -> _Place | None:
+def _place(whole: Tensor, view: Tensor) -> _Place | None:
     """None for what is no slice, or has its axes in another order."""
-    long = [j for j, n in enumerate(root.shape) if n > 1]
-    offset, starts = int(view.storage_offset() - root.storage_offset()), [0] * root.ndim
-    long.sort(key=root.stride, reverse=True)
+    long = [j for j, n in enumerate(whole.shape) if n > 1]
+    offset, starts = int(view.storage_offset() - whole.storage_offset()), [0] * whole.ndim
+    long.sort(key=whole.stride, reverse=True)
     for j in long:
-        starts[j], offset = divmod(offset, root.stride(j))
+        starts[j], offset = divmod(offset, whole.stride(j))
     region, axes = [slice(k, k + 1) for k in starts], list[int | None]()
     for n, stride in zip(view.shape, view.stride(), strict=True):
-        axes.append(next((j for j in long if n > 1 and root.stride(j) <= stride), None))
+        axes.append(next((j for j in long if n > 1 and whole.stride(j) <= stride), None))
         if n == 1:
             continue
-        if (axis := axes[-1]) is None or stride % root.stride(axis):
+        if (axis := axes[-1]) is None or stride % whole.stride(axis):
             return None
-        step = stride // root.stride(axis)
+        step = stride // whole.stride(axis)
         region[axis] = slice(starts[axis], starts[axis] + step * (n - 1) + 1, step)
-        if region[axis].stop > root.shape[axis]:
+        if region[axis].stop > whole.shape[axis]:
             return None
     found = [j for j in axes if j is not None]
-    fits = found == sorted(set(found)) and not offset and view.dtype == root.dtype
+    fits = found == sorted(set(found)) and not offset and view.dtype == whole.dtype
     return _Place((*axes,), (*region,)) if fits else None
 
 
 def copy(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
     """Elementwise; into a slice of a canvas, it puts channels there."""
     target, source = args[:2]
-    root = whole(target)
-    canvas = t.canvases.get(root)
-    if canvas is None or not _write(t, canvas, root, target, source):
-        t.canvases.pop(root, None)
+    canvas = t.memory.canvases.get(root(target))
+    if canvas is None or not _write(t, canvas, target, source):
+        t.memory.overwrite(target)
         pointwise.RULES["copy"](t, op, args, kwargs, out, inplace)
 
 
-def _write(t: Tracer, canvas: Canvas, root: Tensor, target: Tensor, source: Tensor) -> bool:
+def _write(t: Tracer, canvas: Canvas, target: Tensor, source: Tensor) -> bool:
     """Is it understood?"""
-    found, place, own = t.labels(source), _place(root, target), whole(source) is root
+    whole = root(target)
+    found, place, own = t.labels(source), _place(whole, target), root(source) is whole
     held = [x for x in (view() for view in canvas.views) if x is not None]
     if len(found) != 1 or place is None or any(x is not target and x is not source for x in held):
         return False
@@ -69,7 +70,7 @@ def _write(t: Tracer, canvas: Canvas, root: Tensor, target: Tensor, source: Tens
     if len(axes) < len(m.axes) or spread:
         return False
     if canvas.ids is None:
-        sizes = [n if a in axes else 1 for a, n in enumerate(root.shape)]
+        sizes = [n if a in axes else 1 for a, n in enumerate(whole.shape)]
         canvas.ids, canvas.axes = torch.full(sizes, _EMPTY), axes
     elif canvas.axes != axes:
         return False
@@ -84,16 +85,16 @@ def _write(t: Tracer, canvas: Canvas, root: Tensor, target: Tensor, source: Tens
     canvas.ids[region] = kept
     canvas.clean &= m.clean or own
     if not canvas.zero:
-        _cover(canvas, root, place, _place(root, source) if own else None)
+        _cover(canvas, whole, place, _place(whole, source) if own else None)
     clean = canvas.clean and (canvas.covered is None or bool(canvas.covered.all()))
-    t.set(root, [Labels(canvas.ids.clamp(min=ANONYMOUS), axes, clean)])
+    t.set(whole, [Labels(canvas.ids.clamp(min=ANONYMOUS), axes, clean)])
     return True
 
 
-def _cover(canvas: Canvas, root: Tensor, place: _Place, origin: _Place | None) -> None:
+def _cover(canvas: Canvas, whole: Tensor, place: _Place, origin: _Place | None) -> None:
     """Something known is written there; or, from elsewhere in the canvas, what is known of that."""
     if canvas.covered is None:
-        canvas.covered = torch.zeros(root.shape, dtype=torch.bool)
+        canvas.covered = torch.zeros(whole.shape, dtype=torch.bool)
     known = canvas.covered[origin.region].clone() if origin else torch.tensor(True)
     canvas.covered[place.region] = known
 
@@ -107,14 +108,14 @@ def lift(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool)
     values = out.flatten().tolist() if few else [float(out.double().sum())]
     t.record((), values)
     if not out.ndim:
-        _begin(t, out, values == [0])
+        t.memory.make(out, values == [0])
 
 
 def blank(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
     """Made from nothing but sizes and a number."""
     if numbers(args):
         t.record((), numbers(args))
-    _begin(t, out, "zeros" in op or 0 in numbers(args))
+    t.memory.make(out, "zeros" in op or 0 in numbers(args))
 
 
 def filled(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
@@ -126,7 +127,7 @@ def filled(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) 
         t.expose(found)
     elif inplace and not found and not out._is_view():
         t.record((), numbers(args))
-        _begin(t, out, zero)
+        t.memory.make(out, zero)
     else:
         t.unknown(args, kwargs, out)
 
@@ -134,22 +135,16 @@ def filled(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) 
 def index_put(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     """`x[x < 0] = 0`"""
     x, places, value = args[:3]
-    (first, *more) = places
-    elementwise = not more and first.dtype == torch.bool and first.shape == x.shape
+    mask = places[0] if len(places) == 1 else None
+    elementwise = mask is not None and mask.dtype == torch.bool and mask.shape == x.shape
     if elementwise and not value.ndim:
-        pointwise.RULES["masked_fill"](t, op, (x, first, value), {}, out, inplace)
+        pointwise.RULES["masked_fill"](t, op, (x, mask, value), {}, out, inplace)
     else:
         t.unknown(args, kwargs, out)
 
 
 def _is_zero(t: Tracer, value: Any) -> bool:
-    return t.is_zero(value) if isinstance(value, Tensor) else value == 0
-
-
-def _begin(t: Tracer, out: Tensor, zero: bool) -> None:
-    t.blank(out)
-    if id(out) not in t.names:
-        t.canvases[out] = Canvas(zero)
+    return t.memory.is_zero(value) if isinstance(value, Tensor) else value == 0
 
 
 BLANK = """empty empty_like new_empty empty_strided zeros zeros_like new_zeros ones ones_like

@@ -1,0 +1,97 @@
+"""What is known of the memory of tensors, beside the labels of what they hold."""
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+_VIEWED, _BLANK = "_masksparsity_viewed", "_masksparsity_blank"
+
+
+@dataclass
+class Canvas:
+    """What has been written to a tensor that forward made from sizes alone."""
+
+    zero: bool
+    """Is it zero where nothing was written?"""
+    views: list[weakref.ref] = field(default_factory=list)
+    """Others that show its memory."""
+    axes: frozenset[int] = frozenset()
+    """Those along which channels were written."""
+    ids: Tensor | None = None
+    """Like those of `Labels`; -1 where no channel was written."""
+    clean: bool = True
+    covered: Tensor | None = None
+    """bool, of its shape, if it is not zero: where it was written to."""
+
+
+class Memory:
+    """Who sees which memory, what is still as forward made it, and what was the model's own."""
+
+    def __init__(self, names: Mapping[int, str]):
+        self.names = names
+        self.canvases = WeakIdKeyDictionary()  # tensor -> Canvas
+        self.spared: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def share(self, tensor: Tensor, views: Iterable[Tensor] = ()) -> None:
+        """Others see its memory from now on: what is written to it has to fit all of them."""
+        setattr(tensor, _VIEWED, True)
+        self.blank(tensor, False)
+        if self.canvases and (canvas := self.canvases.get(root(tensor))):
+            canvas.views += map(weakref.ref, views)
+
+    def is_viewed(self, tensor: Tensor) -> bool:
+        return getattr(tensor, _VIEWED, False) or tensor._is_view()
+
+    def blank(self, tensor: Tensor, blank: bool = True) -> None:
+        """A tensor of one value, or of noise: all its channels are alike."""
+        if blank != self.is_blank(tensor) and id(tensor) not in self.names:
+            setattr(tensor, _BLANK, blank)
+
+    def is_blank(self, tensor: Tensor) -> bool:
+        """Are all its channels alike, as those of a constant are?"""
+        return getattr(tensor, _BLANK, False)
+
+    def make(self, tensor: Tensor, zero: bool) -> None:
+        """Forward makes it from sizes alone, or overwrites all of it by what is alike."""
+        self.blank(tensor)
+        if id(tensor) not in self.names:
+            self.canvases[tensor] = Canvas(zero)
+
+    def overwrite(self, tensor: Tensor) -> None:
+        """It is written to by something that does not say what, and where."""
+        self.canvases.pop(root(tensor), None)
+
+    def is_untouched(self, tensor: Tensor) -> bool:
+        """Is it, or the tensor whose memory it shows, as forward made it from sizes alone?"""
+        canvas = self.canvases.get(root(tensor)) if self.canvases else None
+        return canvas is not None and canvas.ids is None
+
+    def is_zero(self, tensor: Tensor) -> bool:
+        """Is it untouched, and all zeros?"""
+        return self.is_untouched(tensor) and self.canvases[root(tensor)].zero
+
+    def spare(self, tensor: Tensor) -> None:
+        """One of the model's own tensors is about to be written to: keep what it holds."""
+        if id(tensor) in self.names and id(tensor) not in self.spared:
+            self.spared[id(tensor)] = (tensor, tensor.data, tensor.detach().clone())
+
+    def restore(self) -> None:
+        """Undo what was written to the model's own tensors."""
+        for tensor, data, value in self.spared.values():
+            tensor.data = data
+            tensor.data.copy_(value)
+        self.spared.clear()
+
+    def forget(self, tensor: Tensor) -> None:
+        """Take off what travels beside a tensor."""
+        for key in (_VIEWED, _BLANK):
+            if hasattr(tensor, key):
+                delattr(tensor, key)
+
+
+def root(x: Tensor) -> Tensor:
+    """The tensor whose memory `x` shows."""
+    return x if x._base is None else x._base
