@@ -46,7 +46,6 @@ FREE = {
     "zero rows": lambda s, x: written(x.clone(), (AT[:, :, 0], 0)),
     "zero where": lambda s, x: written((y := x.clone()), (y < 0.1, 0)),
     "or zero": lambda s, x: torch.where(x > 0.1, x, 0.0),
-    "or zeros": lambda s, x: torch.where(x > 0.1, x, torch.zeros_like(x)),
     "one filter for all": lambda s, x: F.conv2d(
         x, x.new_ones(1, 1, 3, 3).expand(x.shape[1], -1, -1, -1), groups=x.shape[1]
     ),
@@ -95,7 +94,80 @@ def by_numpy(s: nn.Module, x: Tensor) -> Tensor:
     return torch.where(x > 0, x, out)
 
 
+def without_a_base(s: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        out = torch.zeros(x.shape[2:], dtype=x.dtype)
+        out[1:] = -3
+    return x + out
+
+
+def target_kept(s: nn.Module, x: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    out[:, :, :3] = x[:, :, :3]
+    target = out[:, :, 3:]
+    target.copy_(x[:, :, 3:].sigmoid())
+    return target
+
+
+def target_read(s: nn.Module, x: Tensor) -> Tensor:
+    target = x.new_zeros(len(x), 2, *x.shape[1:])[:, 0]
+    target.copy_(x)
+    return x * target[:, torch.tensor([0])]
+
+
+def diagonal(s: nn.Module, x: Tensor) -> Tensor:
+    out = torch.zeros_like(x)
+    view = out[:, :1].diagonal(dim1=2, dim2=3)
+    out[:] = x
+    return x * view.mean(2)[:, :, None, None]
+
+
+def turned(s: nn.Module, x: Tensor) -> Tensor:
+    out = torch.ones_like(x)
+    out[..., :4] = x[..., :4]
+    out[:, :, 0:2, 0:3] = out[:, :, 0:3, 4:6].transpose(2, 3)
+    out[..., 4:] = x[..., 4:]
+    return out
+
+
+def emptied(s: nn.Module, x: Tensor) -> Tensor:
+    out = torch.ones_like(x)
+    view = out[:, :, :1]
+    out.zero_()
+    out[:] = x
+    return x * view[:, torch.tensor([0])]
+
+
+def emptied_by_numpy(s: nn.Module, x: Tensor) -> Tensor:
+    out = x.new_zeros(1, 1, x.shape[2], 1)
+    array = out.numpy()
+    out.zero_()
+    array[:, :, 1:] = 5
+    return x + out
+
+
+def remembered(s: nn.Module, x: Tensor) -> Tensor:
+    if s.memory is None or s.memory.shape != x.shape:
+        s.memory = torch.zeros_like(x)
+        s.memory[:, :, 1:] = x[:, :, 1:]
+    out = torch.where(x > 0, x, s.memory)
+    s.memory[:, :, :1] = x[:, :, :1].sigmoid()
+    return out
+
+
 BOUND = {
+    "without a base": without_a_base,
+    "target kept": target_kept,
+    "target read": target_read,
+    "diagonal": diagonal,
+    "turned": turned,
+    "emptied": emptied,
+    "emptied by numpy": emptied_by_numpy,
+    "remembered": remembered,
+    "angle": lambda s, x: torch.angle(torch.complex(-x, x)),
+    "strides of zero": lambda s, x: written(
+        torch.empty_strided(x.shape, (0, 64, 8, 1), dtype=x.dtype), (0, x[0])
+    ),
     "held": held,
     "beside": beside,
     "by numpy": by_numpy,
@@ -122,10 +194,10 @@ BOUND = {
 def test_what_is_not_known_of_memory_is_exact_or_refused(name):
     for seed in range(4):
         torch.manual_seed(seed)
-        outcome, distance = attempt(Middle(BOUND[name]), seed, empty=0.0)
+        outcome, distance = attempt(Middle(BOUND[name], memory=None), seed, empty=0.0)
         assert outcome != "wrong", distance
     x = torch.randn(2, 3, 6, 6)
-    assert sum(g.size for g in ms.trace(Middle(BOUND[name]), x).prunable) < 8
+    assert sum(g.size for g in ms.trace(Middle(BOUND[name], memory=None), x).prunable) < 8
 
 
 class Program(nn.Module):

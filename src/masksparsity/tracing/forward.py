@@ -126,8 +126,11 @@ def run(
         ):
             out = model(*args, **kwargs)
             random = training and drawn(tracer.decided)
+            kept = tracer.memory.written(tensors_in(out))
         tracer.assigned()
     tracer.operation = "output"
+    for ids in kept:
+        tracer.pin(ids, "kept until the next forward")
     found = [m for t in tensors_in(out) for m in tracer.labels(t)]
     tracer.record(found)
     tracer.expose(found)

@@ -57,7 +57,7 @@ class Memory:
     def make(self, tensor: Tensor, zero: bool) -> None:
         """Forward makes it from sizes alone, or overwrites all of it by what is alike."""
         self.blank(tensor)
-        if id(tensor) not in self.names:
+        if id(tensor) not in self.names and not tensor.is_inference():  # whose views know no base
             self.canvases[tensor] = Canvas(zero)
 
     def overwrite(self, tensor: Tensor) -> None:
@@ -70,8 +70,16 @@ class Memory:
         return canvas is not None and canvas.ids is None
 
     def is_zero(self, tensor: Tensor) -> bool:
-        """Is it untouched, and all zeros?"""
-        return self.is_untouched(tensor) and self.canvases[root(tensor)].zero
+        """Is it a number that is zero? Larger tensors may be kept, and be filled the next time."""
+        if tensor.ndim or not self.is_untouched(tensor):
+            return False
+        return self.canvases[root(tensor)].zero and not tensor.any()
+
+    def written(self, outputs: Iterable[Tensor]) -> list[Tensor]:
+        """After a forward: the ids of what it wrote to memory that it still keeps."""
+        given = {id(root(x)) for x in outputs}
+        kept = [c for x, c in self.canvases.items() if id(x) not in given and c.ids is not None]
+        return [c.ids.clamp(min=0) for c in kept if c.ids is not None]
 
     def spare(self, tensor: Tensor) -> None:
         """One of the model's own tensors is about to be written to: keep what it holds."""

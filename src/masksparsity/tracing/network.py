@@ -82,7 +82,7 @@ def arguments(example_inputs: Any) -> tuple[tuple, dict]:
 
 def like(example: tuple[tuple, dict], model: nn.Module) -> tuple[tuple, dict]:
     """The traced inputs, in the dtype and on the device that the model has now."""
-    first = next(model.parameters(), None)
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
     if first is None:
         return example
 

@@ -199,9 +199,9 @@ def _divide(flags: list[bool], args: Any) -> bool:
 ZERO_AT_ZERO = """relu relu6 silu gelu mish tanh hardswish leaky_relu elu selu celu hardshrink
 softshrink abs neg positive sign sqrt square erf floor round ceil trunc expm1 log1p asin atan sin
 sinh asinh tan frac sgn nan_to_num native_dropout dropout _prelu_kernel prelu
-rrelu_with_noise angle conj_physical polar"""
-NOT_ZERO_AT_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp exp2 cos cosh acos rsub eq ne ge
-le gt lt logical_not isnan isfinite isinf bitwise_and bitwise_or bitwise_not atan2"""
+rrelu_with_noise conj_physical polar"""
+NOT_ZERO_AT_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp exp2 angle cos cosh acos rsub
+eq ne ge le gt lt logical_not isnan isfinite isinf bitwise_and bitwise_or bitwise_not atan2"""
 _FACTORS = ("mul", "div", "remainder", "fmod", "addcmul", "addcdiv", "lerp")
 INFINITE_AT_ZERO = ("log", "log2", "log10", "rsqrt", "reciprocal", "lgamma", "digamma")
 

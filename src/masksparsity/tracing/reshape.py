@@ -12,6 +12,9 @@ from .tracer import Rule, Tracer, extents
 
 def reshape(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     x = args[0]
+    if out.dtype != x.dtype:
+        t.unknown(args, kwargs, out)
+        return
     t.memory.share(x, [out])
     found = t.labels(x)
     if not found:

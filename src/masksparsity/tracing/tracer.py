@@ -295,6 +295,8 @@ class Tracer:
         self.mattered = True
         self.decided |= self.operation in _DECIDING
         found = [m for t in tensors_in((args, kwargs)) for m in self.labels(t)]
+        for tensor in tensors_in((args, kwargs)):  # it may write, or show its memory
+            self.memory.overwrite(tensor)
         # What it computes may follow from the width of a tensor of ones.
         sizes = [n for t in tensors_in((args, kwargs)) if not self.labels(t) for n in t.shape]
         if found or sizes or numbers(args):

@@ -29,7 +29,7 @@ def escapes(tracer: Tracer) -> Iterator[None]:
 
     def leave(method: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         tracer.mattered = tracer.decided = True
-        tracer.memory.blank(x, False)
+        tracer.memory.share(x)
         tracer.memory.overwrite(x)
         if found := tracer.labels(x):
             tracer.operation = method.__name__

@@ -29,6 +29,8 @@ def _place(whole: Tensor, view: Tensor) -> _Place | None:
     """None for what is no slice, or has its axes in another order."""
     long = [j for j, n in enumerate(whole.shape) if n > 1]
     offset, starts = int(view.storage_offset() - whole.storage_offset()), [0] * whole.ndim
+    if any(not whole.stride(j) for j in long):
+        return None
     long.sort(key=whole.stride, reverse=True)
     for j in long:
         starts[j], offset = divmod(offset, whole.stride(j))
@@ -62,6 +64,9 @@ def _write(t: Tracer, canvas: Canvas, target: Tensor, source: Tensor) -> bool:
     whole = root(target)
     found, place, own = t.labels(source), _place(whole, target), root(source) is whole
     held = [x for x in (view() for view in canvas.views) if x is not None]
+    origin = _place(whole, source) if own else None
+    if own and (origin is None or source.shape != target.shape):
+        return False
     if len(found) != 1 or place is None or any(x is not target and x is not source for x in held):
         return False
     (m,), shift = found, target.ndim - source.ndim
@@ -85,9 +90,12 @@ def _write(t: Tracer, canvas: Canvas, target: Tensor, source: Tensor) -> bool:
     canvas.ids[region] = kept
     canvas.clean &= m.clean or own
     if not canvas.zero:
-        _cover(canvas, whole, place, _place(whole, source) if own else None)
+        _cover(canvas, whole, place, origin)
     clean = canvas.clean and (canvas.covered is None or bool(canvas.covered.all()))
     t.set(whole, [Labels(canvas.ids.clamp(min=ANONYMOUS), axes, clean)])
+    if target is not whole:
+        ids, along = m.ids.view([1] * shift + [*m.ids.shape]), frozenset(a + shift for a in m.axes)
+        t.set(target, [Labels(ids, along, m.clean and not own)])
     return True
 
 
@@ -96,7 +104,8 @@ def _cover(canvas: Canvas, whole: Tensor, place: _Place, origin: _Place | None) 
     if canvas.covered is None:
         canvas.covered = torch.zeros(whole.shape, dtype=torch.bool)
     known = canvas.covered[origin.region].clone() if origin else torch.tensor(True)
-    canvas.covered[place.region] = known
+    part = canvas.covered[place.region]
+    canvas.covered[place.region] = known.view(part.shape) if origin else known
 
 
 _FEW = 64  # values of a tensor made in forward that are compared one by one
@@ -105,27 +114,28 @@ _FEW = 64  # values of a tensor made in forward that are compared one by one
 def lift(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     """`torch.tensor(...)` in forward: its values may follow from a width."""
     few = out.numel() <= _FEW or out.is_complex()
-    values = out.flatten().tolist() if few else [float(out.double().sum())]
+    values = [x.item() for x in (out.flatten() if few else out.double().sum().view(1))]
     t.record((), values)
     if not out.ndim:
-        t.memory.make(out, values == [0])
+        t.memory.make(out, values == [0] and not t.decided)
 
 
 def blank(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
     """Made from nothing but sizes and a number."""
     if numbers(args):
         t.record((), numbers(args))
-    t.memory.make(out, "zeros" in op or 0 in numbers(args))
+    t.memory.make(out, "zeros" in op or (0 in numbers(args) and not t.decided))
 
 
 def filled(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
     """Noise or one value, written over what was there."""
     zero = op == "zero" or (op == "fill" and _is_zero(t, args[1]))
     found = t.labels(out)
+    by = [m for a in args[1:] if isinstance(a, Tensor) for m in t.labels(a)]
     if inplace and zero and found and id(out) not in t.names:  # its zeros stay zero
         t.record(found, numbers(args))
         t.expose(found)
-    elif inplace and not found and not out._is_view():
+    elif inplace and not found and not by and not t.memory.is_viewed(out):
         t.record((), numbers(args))
         t.memory.make(out, zero)
     else:
