@@ -110,16 +110,18 @@ def made_up_will_do(model: nn.Module) -> bool:
         of_users(modules)
         or nn.modules.module._has_any_global_hook()
         or any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
-        or any(_is_users(value) for m in modules for value in vars(m).values())
+        or any(_is_users(v) for m in modules for v in vars(m).values() if type(v) in _FUNCTIONS)
     )
 
 
-def _is_users(value: Any) -> bool:
-    """Is it a function, kept in a module, that no library wrote? Such as an activation."""
-    if isinstance(value, functools.partial):
-        value = value.func
-    kind = isinstance(value, FunctionType | MethodType)
-    return kind and not (value.__module__ or "").startswith(_LIBRARIES)
+_FUNCTIONS = (FunctionType, MethodType, functools.partial)
+
+
+def _is_users(function: Any) -> bool:
+    """Has no library written it? Such as an activation that a module keeps."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return not (getattr(function, "__module__", None) or "torch.nn.").startswith(_LIBRARIES)
 
 
 def batch_size(args: tuple, kwargs: dict) -> int:
