@@ -201,7 +201,7 @@ def test_what_is_not_known_of_memory_is_exact_or_refused(name):
 
 
 class Program(nn.Module):
-    """Three convolutions, whose channels are written into memory by a list of steps."""
+    """Two convolutions, whose channels are written into memory by a list of steps."""
 
     def __init__(self, make: str, beside: bool, steps: list[tuple]):
         super().__init__()

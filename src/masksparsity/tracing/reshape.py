@@ -11,6 +11,7 @@ from .tracer import Rule, Tracer, extents
 
 
 def reshape(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """Channels keep their elements in order, however axes are split and merged."""
     x = args[0]
     if out.dtype != x.dtype:
         t.unknown(args, kwargs, out)

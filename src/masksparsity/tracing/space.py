@@ -101,6 +101,7 @@ RULES.update(
 
 
 def softmax(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """Along channels it protects them: each value depends on all. Along other axes they pass."""
     x, axis = args[0], args[1] % args[0].ndim
     found = t.labels(x)
     t.record(found, [] if found else [x.shape[axis]])

@@ -63,11 +63,10 @@ def _write(t: Tracer, canvas: Canvas, target: Tensor, source: Tensor) -> bool:
     """Is it understood?"""
     whole = root(target)
     found, place, own = t.labels(source), _place(whole, target), root(source) is whole
-    held = [x for x in (view() for view in canvas.views) if x is not None]
     origin = _place(whole, source) if own else None
-    if own and (origin is None or source.shape != target.shape):
-        return False
-    if len(found) != 1 or place is None or any(x is not target and x is not source for x in held):
+    held = {id(view()) for view in canvas.views} - {id(None), id(target), id(source)}
+    unclear = own and (origin is None or source.shape != target.shape)
+    if len(found) != 1 or place is None or held or unclear:
         return False
     (m,), shift = found, target.ndim - source.ndim
     axes = frozenset(j for a in m.axes if (j := place.axes[a + shift]) is not None)
