@@ -14,6 +14,7 @@ from .channels.analysis import trace
 from .channels.groups import ChannelGraph
 from .channels.mask import KeepMask
 from .channels.surgery import prune
+from .errors import MaskSparsityError
 from .tracing.network import arguments, evaluating, like
 
 
@@ -38,7 +39,12 @@ def profile(model: nn.Module, example_inputs: Any, runs: int = 20) -> Profile:
 
     Latency is of this machine, now, with `torch.get_num_threads()` threads; compare two models in
     one process only.
+
+    Raises:
+        MaskSparsityError: fewer than two runs, which have no spread.
     """
+    if runs < 2:
+        raise MaskSparsityError(f"runs={runs}: at least 2, or their times have no spread")
     graph = trace(model, example_inputs)
     cost, kept = graph.cost(), graph.counter.sizes
     args, kwargs = arguments(example_inputs)

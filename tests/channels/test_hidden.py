@@ -113,32 +113,6 @@ def test_what_is_computed_beside_a_weight_may_not_vanish(name):
     _exact(model, x, graph)
 
 
-WRITES = {
-    "in place": lambda w: w.div_(2),
-    "a part": lambda w: w[0].zero_(),
-    "the data": lambda w: w.data.mul_(2),
-    "other data": lambda w: setattr(w, "data", w * 2),
-    "detached": lambda w: w.detach().fill_(1),
-    "out=": lambda w: torch.add(w, 1, out=w),
-}
-
-
-@pytest.mark.parametrize("name", WRITES)
-def test_what_forward_writes_to_parameters_is_undone(name):
-    def write(s: nn.Module, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            WRITES[name](s.b.weight)
-        return x
-
-    model = Middle(write)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    where = model.b.weight.data_ptr()
-    ms.trace(model, torch.randn(2, 3, 4, 4))
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, before[key]), key
-    assert model.b.weight.data_ptr() == where
-
-
 @dataclass
 class Result:
     features: Tensor
@@ -408,34 +382,3 @@ def test_values_that_leave_by_a_method_out_of_its_class(library, monkeypatch):
     if library:
         with pytest.raises(ms.MaskSparsityError, match=r"values leave PyTorch \(numpy"):
             ms.prune(model, graph, ms.KeepMask(graph, {"a": torch.arange(8) > 2}))
-
-
-class Cached(nn.Module):
-    """As timm's attention does: a table that is looked up is kept, until the module is moved."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 4, 1)
-        self.table, self.places = nn.Parameter(row(2, 16)), torch.arange(16).flip(0).view(4, 4)
-        self.widths, self.cache = [4, 4], {}
-
-    def _apply(self, fn, *args, **kwargs):
-        self.cache = {}
-        return super()._apply(fn, *args, **kwargs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if "scale" not in self.cache:
-            self.cache["scale"] = self.table[:, self.places].detach()
-        p, q = self.a(x).split(self.widths, 1)
-        return self.b(torch.cat([p * self.cache["scale"].mean(0), q], 1)).mean((2, 3))
-
-
-def test_what_was_kept_since_the_trace_does_not_stand_in_the_way():
-    model, x = Cached().eval(), torch.randn(2, 3, 4, 4)
-    graph = ms.trace(model, x)
-    model(x)
-    keep = {g.name: torch.arange(g.size) % 3 > 0 for g in graph.prunable}
-    keep = ms.KeepMask(graph, keep)
-    slim = ms.prune(model, graph, keep)
-    assert slim.widths != [4, 4]
-    assert torch.allclose(slim(x), ms.apply_mask(model, graph, keep)(x), atol=1e-6)

@@ -46,6 +46,10 @@ FREE = {
     "zero rows": lambda s, x: written(x.clone(), (AT[:, :, 0], 0)),
     "zero where": lambda s, x: written((y := x.clone()), (y < 0.1, 0)),
     "or zero": lambda s, x: torch.where(x > 0.1, x, 0.0),
+    "or zeros": lambda s, x: torch.where(x > 0.1, x, torch.zeros_like(x)),
+    "at least zeros": lambda s, x: torch.maximum(x, torch.zeros(1).to(x).expand_as(x)),
+    "beside zeros": lambda s, x: torch.cat([x, x.new_zeros(*x.shape[:2], 6, 1), x], 3),
+    "under zeros": lambda s, x: torch.stack([torch.zeros_like(x), x], 2).mean(2),
     "one filter for all": lambda s, x: F.conv2d(
         x, x.new_ones(1, 1, 3, 3).expand(x.shape[1], -1, -1, -1), groups=x.shape[1]
     ),
@@ -155,7 +159,20 @@ def remembered(s: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
+def zeros_kept(s: nn.Module, x: Tensor) -> Tensor:
+    zeros = torch.zeros_like(x) if s.memory is None else s.memory[0]
+    s.memory = (zeros,)
+    out = torch.where(x > 0, x, zeros)
+    zeros[:, :, 1:] = 3
+    return out
+
+
 BOUND = {
+    "zeros kept": zeros_kept,
+    "beside ones": lambda s, x: torch.cat([x, torch.ones_like(x)], 3),
+    "beside zeros that were": lambda s, x: torch.cat(
+        [x, (y := torch.zeros_like(x)), y.add_(1)], 3
+    ),
     "without a base": without_a_base,
     "target kept": target_kept,
     "target read": target_read,

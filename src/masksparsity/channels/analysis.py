@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import MaskSparsityError
@@ -18,6 +19,7 @@ from .probe import protect_what_is_refused
 from .solve import solve
 
 
+@torch.inference_mode(False)  # where operations arrive undivided
 def trace(
     model: nn.Module,
     example_inputs: Any,

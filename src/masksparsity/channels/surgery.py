@@ -28,6 +28,7 @@ from .silence import silence
 from .verify import Refusal, prove, records_now
 
 
+@torch.inference_mode(False)  # whose tensors cannot be trained
 def apply_mask(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> nn.Module:
     """A copy of `model` in which the removed channels are zero wherever they are produced: in
     filters, biases, scales and shifts. It computes what the slim model computes."""
@@ -68,6 +69,7 @@ def prune(
     return remove(model, graph, keep, optimizer, absorb, made_up)
 
 
+@torch.inference_mode(False)
 def remove(
     model: nn.Module,
     graph: ChannelGraph,

@@ -20,6 +20,7 @@ from .network import (
     eager,
     evaluating,
     fused_attention_off,
+    kept_by,
     tensors_in,
     unchanged,
 )
@@ -113,6 +114,7 @@ def run(
     """One forward without gradients; model, RNG and mode stay as they were. May it, in training,
     take another way next time?"""
     tracer.decided = False
+    tracer.memory.kept = kept_by(tracer.modules.values())
     with contextlib.ExitStack() as stack, unchanged(tracer.modules.values()):
         stack.callback(tracer.memory.restore)
         with (
@@ -125,6 +127,10 @@ def run(
             Operations(tracer),
         ):
             out = model(*args, **kwargs)
+            if _remembers(tracer):
+                products = len(tracer.products)
+                out = model(*args, **kwargs)
+                del tracer.products[products:]
             random = training and drawn(tracer.decided)
             kept = tracer.memory.written(tensors_in(out))
         tracer.assigned()
@@ -138,6 +144,12 @@ def run(
     for tensor in tensors_in(out):
         tracer.forget(tensor)
     return random
+
+
+def _remembers(tracer: Tracer) -> bool:
+    """Has forward kept channels, which the next one may read?"""
+    kept = kept_by(tracer.modules.values())
+    return any(tracer.labels(x) for x in kept if id(x) not in tracer.names)
 
 
 def run_training(

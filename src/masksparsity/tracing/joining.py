@@ -1,5 +1,6 @@
 """Several tensors become one: concatenated, stacked, padded."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ def cat(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) 
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
     # Torch lets a 1-D empty placeholder stand among the parts; it holds nothing.
     parts = [x for x in args[0] if x.ndim == out.ndim]
-    _join(t, out, dim, [x.shape for x in parts], [t.labels(x) for x in parts])
+    _join(t, out, dim, parts, [x.shape for x in parts], [t.labels(x) for x in parts])
 
 
 def stack(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
@@ -23,11 +24,16 @@ def stack(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.ndim
     shape = torch.Size(1 if a == dim else n for a, n in enumerate(out.shape))
     found = [tuple(unsqueeze(x, m, dim) for m in t.labels(x)) for x in args[0]]
-    _join(t, out, dim, [shape] * len(found), found)
+    _join(t, out, dim, args[0], [shape] * len(found), found)
 
 
 def _join(
-    t: Tracer, out: Tensor, dim: int, shapes: list[torch.Size], found: list[tuple[Labels, ...]]
+    t: Tracer,
+    out: Tensor,
+    dim: int,
+    parts: Sequence[Tensor],
+    shapes: list[torch.Size],
+    found: list[tuple[Labels, ...]],
 ) -> None:
     labels = [m for ms in found for m in ms]
     if not labels:
@@ -51,9 +57,13 @@ def _join(
     if dim in axes:
         ids = torch.cat(whole, dim)
     else:  # along space: the parts lie over one another, so their channels are one
-        ids = whole[0]
-        for other in whole[1:]:
+        alike = [not ms and t.memory.is_blank(x) for x, ms in zip(parts, found, strict=True)]
+        ids, *others = [ids for ids, blank in zip(whole, alike, strict=True) if not blank]
+        for other in others:
             t.unite(ids, other)
+        clean = clean and all(
+            t.memory.is_zero(x, ids) for x, b in zip(parts, alike, strict=True) if b
+        )
     t.set(out, [Labels(ids, axes, clean, sources)])
 
 

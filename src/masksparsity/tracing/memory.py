@@ -33,6 +33,8 @@ class Memory:
     def __init__(self, names: Mapping[int, str]):
         self.names = names
         self.canvases = WeakIdKeyDictionary()  # tensor -> Canvas
+        self.trusted: list[tuple[weakref.ref, Tensor]] = []  # to be zero; the ids that count on it
+        self.kept: list[Tensor] = []  # before forward, in attributes of modules
         self.spared: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def share(self, tensor: Tensor, views: Iterable[Tensor] = ()) -> None:
@@ -69,21 +71,29 @@ class Memory:
         canvas = self.canvases.get(root(tensor)) if self.canvases else None
         return canvas is not None and canvas.ids is None
 
-    def is_zero(self, tensor: Tensor) -> bool:
-        """Is it a number that is zero? Larger tensors may be kept, and be filled the next time."""
-        if tensor.ndim or not self.is_untouched(tensor):
+    def is_zero(self, tensor: Tensor, ids: Tensor | None = None) -> bool:
+        """Is it zero, as forward made it? `ids` count on that: what is kept may be filled the next
+        time. Without them, it has to be a number."""
+        if (tensor.ndim and ids is None) or not self.is_untouched(tensor):
             return False
-        return self.canvases[root(tensor)].zero and not tensor.any()
+        zero = self.canvases[root(tensor)].zero and not bool(tensor.any())
+        if zero and ids is not None:
+            self.trusted.append((weakref.ref(root(tensor)), ids))
+        return zero
 
     def written(self, outputs: Iterable[Tensor]) -> list[Tensor]:
-        """After a forward: the ids of what it wrote to memory that it still keeps."""
+        """After a forward: the ids of what it wrote to memory that it still keeps, and of what
+        counts on the zeros there."""
         given = {id(root(x)) for x in outputs}
         kept = [c for x, c in self.canvases.items() if id(x) not in given and c.ids is not None]
-        return [c.ids.clamp(min=0) for c in kept if c.ids is not None]
+        trusting = [ids for zeros, ids in self.trusted if id(zeros()) not in {*given, id(None)}]
+        self.trusted.clear()
+        return trusting + [c.ids.clamp(min=0) for c in kept if c.ids is not None]
 
     def spare(self, tensor: Tensor) -> None:
         """One of the model's own tensors is about to be written to: keep what it holds."""
-        if id(tensor) in self.names and id(tensor) not in self.spared:
+        own = id(tensor) in self.names or any(tensor is root(x) for x in self.kept)
+        if own and id(tensor) not in self.spared:
             self.spared[id(tensor)] = (tensor, tensor.data, tensor.detach().clone())
 
     def restore(self) -> None:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import cuts
 from .labels import Labels
+from .memory import root
 from .tracer import Rule, Tracer, extents, numbers
 
 
@@ -141,7 +142,10 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
         found = t.labels(x)
         if not found and not hasattr(out, "_masksparsity_labels"):
             # Which of its values come where may follow from a width, unless all are alike.
-            if move is not _same and not t.memory.is_untouched(x):
+            if t.memory.is_untouched(x):
+                if not alias:
+                    t.memory.make(out, t.memory.canvases[root(x)].zero)
+            elif move is not _same:
                 how = [] if _all_alike(move, x, rest) else numbers(tree_leaves(rest))
                 t.record((), [*extents(x), *how])
             return

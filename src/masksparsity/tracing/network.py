@@ -46,13 +46,17 @@ def unwrap(model: nn.Module) -> nn.Module:
 def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy, also of a model that keeps tensors with a history, such as caches."""
     memo = dict(memo or {})
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        _containers([{k: v for k, v in vars(module).items() if k[0] != "_"}], found)
-    for leaf in (leaf for container in found.values() for leaf in _items(container)):
-        if isinstance(leaf, Tensor) and not leaf.is_leaf:
-            memo.setdefault(id(leaf), leaf.detach().clone())
+    for tensor in kept_by(model.modules()):
+        if not tensor.is_leaf:
+            memo.setdefault(id(tensor), tensor.detach().clone())
     return copy.deepcopy(model, memo)
+
+
+def kept_by(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """Tensors in attributes of modules, and in containers there, that are not registered."""
+    found: dict[int, Any] = {}
+    _containers([{k: v for k, v in vars(m).items() if k not in _OWN} for m in modules], found)
+    return [x for values in found.values() for x in _items(values) if isinstance(x, Tensor)]
 
 
 def _containers(values: Iterable[Any], found: dict[int, Any]) -> None:
@@ -228,23 +232,27 @@ def fused_attention_off() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-# What every module has and no forward writes.
-_HOOKS = frozenset(vars(nn.Module())) - {"_parameters", "_buffers"}
+_OWN = frozenset(vars(nn.Module()))  # what every module has
+_FIXED = _OWN - {"_parameters", "_buffers"}  # and no forward writes
 
 
 @contextlib.contextmanager
 def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """What forward writes into its modules (a cache, a counter) is undone."""
+    """What forward writes into its modules (a cache, a counter, a generator) is undone."""
     kept: list[tuple[dict, dict]] = []
     containers: dict[int, Any] = {}
     for module in modules:
         state = vars(module)
         kept.append((state, state.copy()))
-        _containers([v for k, v in state.items() if k not in _HOOKS], containers)
+        _containers([v for k, v in state.items() if k not in _FIXED], containers)
     inner = [(v, v.copy()) for v in containers.values() if not isinstance(v, tuple)]
+    values = [x for c in (*(s for s, _ in kept), *containers.values()) for x in _items(c)]
+    drawn = [(x, x.get_state()) for x in values if isinstance(x, torch.Generator)]
     try:
         yield
     finally:
+        for generator, begun in drawn:
+            generator.set_state(begun)
         for state, before in kept:
             state.update(before)  # sooner done than compared
             for key in state.keys() - before.keys() if len(state) > len(before) else ():

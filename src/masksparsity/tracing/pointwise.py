@@ -118,7 +118,9 @@ def _merge(
         flags, index = [], 0
         for a in args:
             if isinstance(a, Tensor):
-                flags.append(clean[index] if index in clean else t.memory.is_zero(tensors[index]))
+                flags.append(
+                    clean[index] if index in clean else t.memory.is_zero(tensors[index], ids)
+                )
                 index += 1
             elif isinstance(a, (int, float)):
                 flags.append(a == 0)

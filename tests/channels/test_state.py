@@ -1,0 +1,133 @@
+"""What forward keeps and writes: a trace undoes it, and sees what the next forward reads."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import masksparsity as ms
+
+from .networks import random_mask
+from .test_exact import TOLERANCE, _distance
+from .test_hidden import Middle, row
+
+
+class Cached(nn.Module):
+    """As timm's attention does: a table that is looked up is kept, until the module is moved."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 4, 1)
+        self.table, self.places = nn.Parameter(row(2, 16)), torch.arange(16).flip(0).view(4, 4)
+        self.widths, self.cache = [4, 4], {}
+
+    def _apply(self, fn, *args, **kwargs):
+        self.cache = {}
+        return super()._apply(fn, *args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "scale" not in self.cache:
+            self.cache["scale"] = self.table[:, self.places].detach()
+        p, q = self.a(x).split(self.widths, 1)
+        return self.b(torch.cat([p * self.cache["scale"].mean(0), q], 1)).mean((2, 3))
+
+
+def test_what_was_kept_since_the_trace_does_not_stand_in_the_way():
+    model, x = Cached().eval(), torch.randn(2, 3, 4, 4)
+    graph = ms.trace(model, x)
+    model(x)
+    keep = {g.name: torch.arange(g.size) % 3 > 0 for g in graph.prunable}
+    keep = ms.KeepMask(graph, keep)
+    slim = ms.prune(model, graph, keep)
+    assert slim.widths != [4, 4]
+    assert torch.allclose(slim(x), ms.apply_mask(model, graph, keep)(x), atol=1e-6)
+
+
+WRITES = {
+    "in place": lambda w: w.div_(2),
+    "a part": lambda w: w[0].zero_(),
+    "the data": lambda w: w.data.mul_(2),
+    "other data": lambda w: setattr(w, "data", w * 2),
+    "detached": lambda w: w.detach().fill_(1),
+    "out=": lambda w: torch.add(w, 1, out=w),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_what_forward_writes_to_parameters_is_undone(name):
+    def write(s: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            WRITES[name](s.b.weight)
+        return x
+
+    model = Middle(write)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    where = model.b.weight.data_ptr()
+    ms.trace(model, torch.randn(2, 3, 4, 4))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert model.b.weight.data_ptr() == where
+
+
+def another(s: nn.Module, x: Tensor) -> Tensor:
+    before, s.last = s.last, x
+    return x if before is None else x + before.flip(1)
+
+
+def queued(s: nn.Module, x: Tensor) -> Tensor:
+    s.queue.append(x.detach())
+    return x + s.queue[0].roll(1, 1)
+
+
+def gated(s: nn.Module, x: Tensor) -> Tensor:
+    gate = 1 if s.last is None else s.last.sigmoid()
+    s.last = x + 1
+    return x * gate
+
+
+KEPT = {"another": another, "queued": queued, "gated": gated}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_the_next_forward_reads_is_followed(name):
+    torch.manual_seed(0)
+    model = Middle(KEPT[name], last=None, queue=[]).double().eval()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.double)
+    graph = ms.trace(model, x)
+    assert (model.last, model.queue) == (None, [])
+    assert graph.cost() == ms.trace(Middle(lambda s, x: x).double(), x).cost()
+    for seed in range(3):
+        keep = random_mask(graph, seed)
+        masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
+        with torch.no_grad():
+            for _ in range(3):
+                assert _distance(masked(x), slim(x)) <= TOLERANCE
+
+
+def test_what_forward_writes_to_tensors_of_its_own_is_undone():
+    def write(s: nn.Module, x: Tensor) -> Tensor:
+        s.mean.mul_(0.9).add_(x.mean((0, 2, 3)))
+        s.views[0].add_(1)
+        return x * torch.rand(1, generator=s.random)
+
+    mean, bank, random = torch.ones(8), torch.ones(2, 3), torch.Generator().manual_seed(5)
+    model = Middle(write, random=random)
+    model.mean, model.views = mean, [bank[1]]
+    ms.trace(model, torch.randn(2, 3, 4, 4))
+    assert model.mean is mean
+    assert torch.equal(mean, torch.ones(8))
+    assert torch.equal(bank, torch.ones(2, 3))
+    assert torch.equal(random.get_state(), torch.Generator().manual_seed(5).get_state())
+
+
+def test_in_inference_mode_the_same_comes_out():
+    model = Middle(lambda s, x: x)
+    graph = ms.trace(model, torch.randn(2, 3, 4, 4))
+    with torch.inference_mode():
+        x = torch.randn(2, 3, 4, 4)
+        other = ms.trace(model, x)
+        assert [repr(g) for g in other.groups] == [repr(g) for g in graph.groups]
+        keep = random_mask(other, 0)
+        nets = ms.prune(model, other, keep), ms.apply_mask(model, other, keep)
+        assert ms.profile(model, x, runs=2).macs == graph.cost().macs
+    for net in nets:  # they can be trained
+        net(torch.randn(2, 3, 4, 4)).sum().backward()

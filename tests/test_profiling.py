@@ -1,0 +1,29 @@
+"""What a model costs, counted and measured."""
+
+import pytest
+import torch
+from torch import nn
+
+import masksparsity as ms
+
+X = torch.randn(2, 3, 8, 8)
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+
+def test_counts_are_those_of_the_graph_and_the_model_is_left_as_it_was():
+    model = network().train()
+    found = ms.profile(model, X, runs=4)
+    assert (found.macs, found.params) == ms.trace(model, X).cost()
+    assert dict(found.layers) == {"0": 8 * 3 * 9 * 36, "3": 4 * 8 * 36}
+    low, high = found.latency_spread_ms
+    assert 0 < low <= found.latency_ms <= high
+    assert model.training
+    assert int(model[1].num_batches_tracked) == 0
+
+
+def test_one_run_has_no_spread():
+    with pytest.raises(ms.MaskSparsityError, match="runs=1: at least 2"):
+        ms.profile(network(), X, runs=1)
