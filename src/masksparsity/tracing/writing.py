@@ -50,36 +50,53 @@ def _place(whole: Tensor, view: Tensor) -> _Place | None:
     return _Place((*axes,), (*region,)) if fits else None
 
 
+class _Copy(NamedTuple):
+    """What is copied into a slice of a canvas."""
+
+    labels: Labels
+    axes: frozenset[int]
+    """Of the canvas, along which the channels lie."""
+    place: _Place
+    origin: _Place | None
+    """Where in the same canvas it comes from."""
+
+
 def copy(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
     """Elementwise; into a slice of a canvas, it puts channels there."""
     target, source = args[:2]
     canvas = t.memory.canvases.get(root(target))
-    if canvas is None or not _write(t, canvas, target, source):
+    known = _understood(t, canvas, target, source) if canvas is not None else None
+    if known is None:
         t.memory.overwrite(target)
         pointwise.RULES["copy"](t, op, args, kwargs, out, inplace)
+    else:
+        _write(t, canvas, target, source.ndim, known)
 
 
-def _write(t: Tracer, canvas: Canvas, target: Tensor, source: Tensor) -> bool:
-    """Is it understood?"""
-    whole = root(target)
-    found, place, own = t.labels(source), _place(whole, target), root(source) is whole
+def _understood(t: Tracer, canvas: Canvas, target: Tensor, source: Tensor) -> _Copy | None:
+    """None for more than channels side by side, and where others see what is written."""
+    whole, found = root(target), t.labels(source)
+    place, own = _place(whole, target), root(source) is whole
     origin = _place(whole, source) if own else None
     held = {id(view()) for view in canvas.views} - {id(None), id(target), id(source)}
     unclear = own and (origin is None or source.shape != target.shape)
     if len(found) != 1 or place is None or held or unclear:
-        return False
+        return None
     (m,), shift = found, target.ndim - source.ndim
     axes = frozenset(j for a in m.axes if (j := place.axes[a + shift]) is not None)
     spread = any(source.shape[a] != target.shape[a + shift] for a in m.axes)
-    if len(axes) < len(m.axes) or spread:
-        return False
+    across = canvas.ids is not None and canvas.axes != axes
+    return None if len(axes) < len(m.axes) or spread or across else _Copy(m, axes, place, origin)
+
+
+def _write(t: Tracer, canvas: Canvas, target: Tensor, ndim: int, known: _Copy) -> None:
+    """ndim: of the source"""
+    whole, (m, axes, place, origin) = root(target), known
     if canvas.ids is None:
         sizes = [n if a in axes else 1 for a, n in enumerate(whole.shape)]
         canvas.ids, canvas.axes = torch.full(sizes, _EMPTY), axes
-    elif canvas.axes != axes:
-        return False
-    t.record(found)
-    t.expose(found)
+    t.record([m])
+    t.expose([m])
     region = tuple(r if a in axes else slice(None) for a, r in enumerate(place.region))
     here = canvas.ids[region]
     new = m.ids.reshape(here.shape)
@@ -87,15 +104,15 @@ def _write(t: Tracer, canvas: Canvas, target: Tensor, source: Tensor) -> bool:
     t.unite(kept, new)  # one over the other, or side by side in space: one channel
     canvas.ids = canvas.ids.clone()
     canvas.ids[region] = kept
-    canvas.clean &= m.clean or own
+    canvas.clean &= m.clean or origin is not None
     if not canvas.zero:
         _cover(canvas, whole, place, origin)
     clean = canvas.clean and (canvas.covered is None or bool(canvas.covered.all()))
     t.set(whole, [Labels(canvas.ids.clamp(min=ANONYMOUS), axes, clean)])
     if target is not whole:
+        shift = target.ndim - ndim
         ids, along = m.ids.view([1] * shift + [*m.ids.shape]), frozenset(a + shift for a in m.axes)
-        t.set(target, [Labels(ids, along, m.clean and not own)])
-    return True
+        t.set(target, [Labels(ids, along, m.clean and origin is None)])
 
 
 def _cover(canvas: Canvas, whole: Tensor, place: _Place, origin: _Place | None) -> None:
