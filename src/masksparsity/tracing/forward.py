@@ -141,7 +141,7 @@ def run(
     tracer.record(found)
     tracer.expose(found)
     tracer.pin(found, "model output")
-    for tensor in tensors_in(out):
+    for tensor in (*tensors_in(out), *tracer.memory.kept):
         tracer.forget(tensor)
     return random
 

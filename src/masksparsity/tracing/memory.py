@@ -32,6 +32,7 @@ class Memory:
 
     def __init__(self, names: Mapping[int, str]):
         self.names = names
+        self.token = object()  # what an earlier trace left behind is not believed
         self.canvases = WeakIdKeyDictionary()  # tensor -> Canvas
         self.trusted: list[tuple[weakref.ref, Tensor]] = []  # to be zero; the ids that count on it
         self.kept: list[Tensor] = []  # before forward, in attributes of modules
@@ -50,11 +51,11 @@ class Memory:
     def blank(self, tensor: Tensor, blank: bool = True) -> None:
         """A tensor of one value, or of noise: all its channels are alike."""
         if blank != self.is_blank(tensor) and id(tensor) not in self.names:
-            setattr(tensor, _BLANK, blank)
+            setattr(tensor, _BLANK, self.token if blank else None)
 
     def is_blank(self, tensor: Tensor) -> bool:
         """Are all its channels alike, as those of a constant are?"""
-        return getattr(tensor, _BLANK, False)
+        return getattr(tensor, _BLANK, None) is self.token
 
     def make(self, tensor: Tensor, zero: bool) -> None:
         """Forward makes it from sizes alone, or overwrites all of it by what is alike."""
