@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import remove_parametrizations
 
 import masksparsity as ms
 
@@ -169,3 +171,20 @@ def test_a_weight_that_takes_a_step_when_it_is_read_takes_none(norm):
     for net in (model, slim):
         for name, value in net.state_dict().items():
             assert not name.startswith("3") or torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("norm", "fold"),
+    [
+        (nn.utils.spectral_norm, nn.utils.remove_spectral_norm),
+        (parametrizations.spectral_norm, lambda m: remove_parametrizations(m, "weight")),
+        (parametrizations.weight_norm, lambda m: remove_parametrizations(m, "weight")),
+    ],
+)
+def test_a_computed_weight_says_what_to_do(norm, fold):
+    net = nn.Sequential(*(norm(nn.Conv2d(n, m, 1)) for n, m in [(3, 8), (8, 6), (6, 4)])).eval()
+    graph = ms.trace(net, torch.randn(2, 3, 4, 4))
+    assert "fold it first" in str(graph.by_name["0"].reason)
+    for layer in net:
+        fold(layer)
+    assert [g.size for g in ms.trace(net, torch.randn(2, 3, 4, 4)).prunable] == [8, 6]

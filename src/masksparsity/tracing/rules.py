@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import cuts, joining, movement, pointwise, recurrent, reshape, space, writing
 from .labels import Labels, Norm, Product
-from .tracer import Rule, Tracer
+from .tracer import FOLD, Rule, Tracer
 
 RULES: dict[str, Rule] = {
     **movement.RULES,
@@ -324,8 +324,7 @@ def weight_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: b
     direction, length, axis = (*args, 0)[:3]
     found = t.labels(direction)
     t.record([*found, *t.labels(length)])
-    fold = "fold it first, with torch.nn.utils.remove_weight_norm or remove_parametrizations"
-    why = f"counts into the length of a filter: {fold}"
+    why = f"counts into the length of a filter: {FOLD}"
     t.pin([m for m in found if m.axes != {axis}], why)
     ids = t.read(direction, axis)[0]
     t.meet(length, axis, ids)

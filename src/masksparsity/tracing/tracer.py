@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .labels import ANONYMOUS, NOTHING, Cut, Labels, Norm, Product, Reason, Record, Slot
 from .memory import Memory
@@ -18,6 +20,7 @@ from .network import tensors_in, tensors_of
 
 _DECIDING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
 _LABELS = "_masksparsity_labels"
+FOLD = "fold it first, with remove_parametrizations, remove_weight_norm or remove_spectral_norm"
 _WRITTEN = "a parameter or buffer is written in forward"
 
 Rule = Callable[["Tracer", str, Any, Any, Any, bool], None]
@@ -302,7 +305,10 @@ class Tracer:
         if found or sizes or numbers(args):
             self.record(found, [*numbers(args), *sizes])
         self.expose(found)
-        self.pin(found, "unknown operation")
+        hooks = getattr(self.modules.get(self.module), "_forward_pre_hooks", {}).values()
+        makes = any(isinstance(h, (SpectralNorm, WeightNorm)) for h in hooks)
+        computed = makes or ".parametrizations." in self.module
+        self.pin(found, f"counts into a weight: {FOLD}" if computed else "unknown operation")
         for tensor in tensors_in(out):
             self.set(tensor, ())
             self.memory.blank(tensor, False)
