@@ -254,8 +254,14 @@ def test_a_size_in_an_attribute_follows():
 
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_what_is_scripted_keeps_its_width():
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), torch.jit.script(nn.Conv2d(8, 6, 1)), nn.ReLU())
-    assert not ms.trace(model, torch.randn(1, 3, 4, 4)).prunable
+    def bottleneck() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 8, 1))
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), torch.jit.script(bottleneck()), bottleneck())
+    graph = ms.trace(model, torch.randn(1, 3, 4, 4))
+    assert [g.name for g in graph.prunable] == ["2.0"]
+    assert "prune first, then script" in str(graph.by_name["1.0"].reason)
+    assert not ms.trace(torch.jit.script(bottleneck()), torch.randn(1, 8, 4, 4)).prunable
 
 
 class Residual(nn.Module):
@@ -364,6 +370,13 @@ def test_a_report_tells_what_was_not_used():
             self.spare = nn.Conv2d(8, 8, 1)
 
     assert str(ms.trace(Other(), torch.randn(1, 3, 4, 4))).endswith("inputs: spare")
+
+
+def test_a_forward_that_holds_another_model_is_protected():
+    model = Middle(lambda s, x: x).eval()
+    model.forward = lambda x: model.b(model.a(x).relu())
+    graph = ms.trace(model, row(2, 3, 8, 8))
+    assert "does not read its own weight" in str(graph.by_name["a"].reason)
 
 
 _take = Tensor.numpy  # no patch of the class reaches it

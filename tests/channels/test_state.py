@@ -1,5 +1,9 @@
 """What forward keeps and writes: a trace undoes it, and sees what the next forward reads."""
 
+from random import Random
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -117,6 +121,29 @@ def test_what_forward_writes_to_tensors_of_its_own_is_undone():
     assert torch.equal(mean, torch.ones(8))
     assert torch.equal(bank, torch.ones(2, 3))
     assert torch.equal(random.get_state(), torch.Generator().manual_seed(5).get_state())
+
+
+def test_what_forward_keeps_in_objects_is_undone_and_starts_anew_in_a_copy():
+    def write(s: nn.Module, x: Tensor) -> Tensor:
+        s.seen.count += 1
+        s.seen.means.append(x.detach())
+        s.counts += 1
+        s.norms[0].train()(torch.ones(2, 3, 2, 2))
+        return x * (1 + s.draws.random()) * s.seen.count * float(s.counts[0])
+
+    seen, counts = SimpleNamespace(count=0, means=[]), np.zeros(2)
+    model = Middle(write, seen=seen, counts=counts, draws=Random(3), norms=[nn.BatchNorm2d(3)])
+    x, caught = torch.randn(2, 3, 4, 4), []
+    model.a.register_forward_hook(lambda *_: model.caught.append(1))
+    model.caught = caught
+    keep = random_mask(graph := ms.trace(model, x), 0)
+    assert graph.by_name["a"].prunable
+    masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
+    assert (seen.count, seen.means, caught, counts.tolist()) == (0, [], [], [0, 0])
+    assert model.draws.getstate() == Random(3).getstate()
+    assert torch.equal(model.norms[0].running_mean, torch.zeros(3))
+    with torch.no_grad():
+        assert _distance(masked(x), slim(x)) <= 1e-6
 
 
 def test_in_inference_mode_the_same_comes_out():

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..errors import MaskSparsityError
 from ..tracing.forward import run, run_training
-from ..tracing.labels import Slot
-from ..tracing.network import arguments, batch_size, made_up_will_do, of_users, unwrap
+from ..tracing.labels import Reason, Slot
+from ..tracing.network import arguments, batch_size, made_up_will_do, of_users, shadow, unwrap
 from ..tracing.recurrent import protect_units
 from ..tracing.rules import RULES
 from ..tracing.tracer import Rule, Tracer
@@ -47,11 +47,23 @@ def trace(
     pruned copies, whose convolutions give ones.
 
     The model, its mode and the random state stay as they were. Inside DistributedDataParallel and
-    `torch.compile` the bare network is traced.
+    `torch.compile` the bare network is traced. Ways that code takes only for other inputs, or later
+    in training, are not seen: choose an example that takes them, or `protect`.
     """
     args, kwargs = arguments(example_inputs)
-    model = unwrap(model)
-    table = {**RULES, **(rules or {})}
+    with shadow(unwrap(model)) as net:
+        return _trace(net, args, kwargs, protect, tie, rules or {})
+
+
+def _trace(
+    model: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    protect: tuple[str, ...],
+    tie: tuple[tuple[str, ...], ...],
+    rules: Mapping[str, Rule],
+) -> ChannelGraph:
+    table = {**RULES, **rules}
     tracer = Tracer(model, table, made_up=not rules and made_up_will_do(model))
     theirs = of_users(tracer.modules.values())
     try:
@@ -65,6 +77,7 @@ def trace(
         tracer = Tracer(model, table)
         _follow(tracer, model, args, kwargs, theirs)
     protect_units(tracer)
+    _protect_scripts(tracer)
     spoilt = tracer.spoilt.keys() & tracer.producers
     tracer.pins += [(tracer.slots[slot], tracer.spoilt[slot]) for slot in sorted(spoilt)]
     for name in protect:
@@ -88,6 +101,14 @@ def _follow(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, theirs:
         ) from error
     if theirs or tracer.untouched():
         run_training(tracer, model, args, kwargs)
+
+
+def _protect_scripts(tracer: Tracer) -> None:
+    scripts = [n for n, m in tracer.modules.items() if isinstance(m, torch.jit.ScriptModule)]
+    for (name, _), ids in tracer.slots.items() if scripts else ():
+        if name.startswith(tuple(f"{script}." if script else "" for script in scripts)):
+            why = "TorchScript fixes widths: prune first, then script"
+            tracer.pins.append((ids, Reason(why, "", name.rpartition(".")[0])))
 
 
 def _tie(tracer: Tracer, names: tuple[str, ...]) -> None:

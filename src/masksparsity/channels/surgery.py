@@ -18,6 +18,7 @@ from ..tracing.network import (
     made_up_will_do,
     named_tensors,
     tensors_in,
+    unchanged,
     unwrap,
 )
 from . import constraints as limits
@@ -98,7 +99,8 @@ def remove(
             kept_of.setdefault(name, []).append((axis, kept.nonzero().squeeze(1)))
     now = dict(named_tensors(model))
     slim = rebuild(model, {n: cut(now[n].detach(), axes) for n, axes in kept_of.items()})
-    _settle(model, slim, graph, keep, made_up)
+    with unchanged(model.modules()):  # by hooks that hold it
+        _settle(model, slim, graph, keep, made_up)
     if optimizer is not None:
         _carry_over(optimizer, tensors, dict(named_tensors(slim)), kept_of)
     return slim
@@ -204,6 +206,10 @@ def rebuild(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
             new.__dict__.update(old.__dict__)
             memo[id(old)] = new
     slim = duplicate(model, memo)  # shared modules and tied weights stay shared and tied
+    now = dict(named_tensors(slim))
+    fixed = [name for name, new in tensors.items() if now[name].shape != new.shape]
+    if fixed:
+        raise MaskSparsityError(f"{fixed[0]} keeps its size in a copy of the model: protect it")
     pairs = [*zip(model.modules(), slim.modules(), strict=True)]
     # A weight that is read in train mode may take a step, as spectral_norm does.
     with evaluating([module for pair in pairs for module in pair]):

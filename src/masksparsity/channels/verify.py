@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import MaskSparsityError
 from ..tracing.forward import run, run_training
 from ..tracing.labels import Record
-from ..tracing.network import like
+from ..tracing.network import like, shadow
 from ..tracing.tracer import Tracer
 from .groups import ChannelGraph
 from .mask import KeepMask
@@ -44,9 +44,24 @@ class Refusal(MaskSparsityError):
 
 
 def records_now(model: nn.Module, graph: ChannelGraph) -> tuple[Record, ...]:
-    """What a run of the dense model records with the labels that it was traced with."""
+    """What a run of the dense model records with the labels that it was traced with.
+
+    Raises:
+        MaskSparsityError: it does not read all parameters that it read then.
+    """
     tracer = Tracer(model, graph.rules, dict(graph.labels))
     _replay(tracer, model, graph)
+    unread = sorted({*tracer.untouched()} - {*graph.unused})
+    if unread:
+        module, _, name = unread[0].rpartition(".")
+        raise Refusal(
+            f"a copy of the model does not read its own {name}",
+            "",
+            module or "the model itself",
+            "Where forward was put into an object as a function that holds the model, write it as "
+            "a method",
+            -1,
+        )
     return tuple(tracer.records)
 
 
@@ -66,12 +81,13 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask, made_up: bool = 
     units = torch.cat([keep.units, torch.ones(1, dtype=torch.bool)])  # -1: of no group
     stays = units[graph.unit_of]
     given = {slot: labels[stays[labels]] for slot, labels in graph.labels.items()}
-    tracer = Tracer(slim, graph.rules, given, made_up)
     failure = None
-    try:
-        _replay(tracer, slim, graph)
-    except Exception as error:
-        failure = error
+    with shadow(slim) as net:
+        tracer = Tracer(net, graph.rules, given, made_up)
+        try:
+            _replay(tracer, net, graph)
+        except Exception as error:
+            failure = error
     _compare(slim, tracer, graph, stays, ran=failure is None)
     _stays(tracer, graph)
     if failure is not None:
@@ -105,10 +121,12 @@ def _compare(
     records, replayed = graph.records, tracer.records
     if silent := silent_modules(slim):
         between = {r.module for r in records if _gone(r, stays)}  # sees unlabelled zeros now
-        records = tuple(r for r in records if r.module not in silent and not _gone(r, stays))
-        replayed = [
-            r for r in replayed if r.module not in silent and (r.ids or r.module not in between)
-        ]
+
+        def tells(r: Record) -> bool:
+            return r.module not in silent and (bool(r.ids) or r.module not in between)
+
+        records = tuple(r for r in records if tells(r) and not _gone(r, stays))
+        replayed = [*filter(tells, replayed)]
     for k, dense in enumerate(records):
 
         def refuse(why: str, k: int = k, dense: Record = dense) -> NoReturn:

@@ -24,8 +24,9 @@ from .network import (
     tensors_in,
     unchanged,
 )
+from .rules import SIZED
 from .standin import CONVOLUTION, stand_in
-from .tracer import Rule, Tracer
+from .tracer import Rule, Tracer, numbers
 from .watch import Calls, escapes, module_stack
 
 
@@ -56,10 +57,13 @@ class Operations(TorchDispatchMode):
             tracer.blame(error, (args, kwargs))
             raise
         tracer.operation = operation
+        tracer.numbers = () if operation in SIZED else numbers((*args, *kwargs.values()))
         if rule is None:
             tracer.unknown(given, kwargs, out)
         else:
             rule(tracer, operation, given, kwargs, out, inplace)
+        if tracer.numbers:
+            tracer.record(m for x in tensors_in(given) for m in tracer.labels(x))
         return out
 
     def _before(self, func: Any, operation: str, args: Any, kwargs: Any) -> Any:

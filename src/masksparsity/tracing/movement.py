@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from . import cuts
 from .labels import Labels
 from .memory import root
-from .tracer import Rule, Tracer, extents, numbers
+from .tracer import Rule, Tracer, aside, extents, numbers
 
 
 def _same(x: Tensor, m: Labels, args: Any) -> Labels:
@@ -154,10 +154,33 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
             for m in found:
                 _CUTS[move](t, x, m, *rest, **named)
         moved = [move(x, m, *rest, **named) if move is not _same else m for m in found]
+        lengths = list[int]()
         for k, result in enumerate(out if isinstance(out, (tuple, list)) else [out]):
-            t.set(result, [m[k] if isinstance(m, list) else m for m in moved])
+            labels = [m[k] if isinstance(m, list) else m for m in moved]
+            t.set(result, labels)
+            lengths += aside(result, labels)
+        if move is not _same:
+            places = _places(move, x, frozenset().union(*(m.axes for m in found)), *rest, **named)
+            t.record(found, [*places, *lengths])
 
     return apply
+
+
+def _places(
+    move: Callable[..., Any], x: Tensor, channels: frozenset[int], *rest: Any, **named: Any
+) -> Sequence[Any]:
+    """Where it goes along axes without channels, which might follow from a width."""
+    if move in (_permute, _transpose, _flip):
+        return [str(rest)]
+    if move is _roll:
+        return [] if {d % x.ndim for d in (rest[1:] or [()])[0]} <= channels else [str(rest)]
+    dim = (*rest, named.get("dim", 0))[0]
+    if move not in (_slice, _select, _windows) or dim % x.ndim in channels:
+        return []
+    if move is not _slice:
+        return [str(rest), str(named)]
+    start, stop, step = slice(*(*rest[1:], None, None)[:2], *rest[3:]).indices(x.shape[dim])
+    return [dim, start, step] if stop - start < x.shape[dim] or step > 1 else []
 
 
 def _all_alike(move: Callable[..., Any], x: Tensor, rest: Any) -> bool:

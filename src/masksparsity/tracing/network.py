@@ -52,6 +52,22 @@ def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     return copy.deepcopy(model, memo)
 
 
+@contextlib.contextmanager
+def shadow(model: nn.Module) -> Iterator[nn.Module]:
+    """A copy that shares parameters and buffers, for users' code to run on: what it keeps in
+    objects, generators and arrays is left alone. Of libraries' code, which keeps little, and of
+    what cannot be copied, the model itself."""
+    if not of_users(model.modules()):
+        yield model
+        return
+    try:
+        copied = duplicate(model, {id(tensor): tensor for _, tensor in named_tensors(model)})
+    except Exception:
+        copied = model
+    with unchanged(model.modules()):  # hooks may hold it
+        yield copied
+
+
 def kept_by(modules: Iterable[nn.Module]) -> list[Tensor]:
     """Tensors in attributes of modules, and in containers there, that are not registered."""
     found: dict[int, Any] = {}

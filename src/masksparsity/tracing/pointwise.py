@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .labels import Labels
-from .tracer import Rule, Tracer, numbers
+from .tracer import Rule, Tracer
 
 
 def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
@@ -21,16 +21,13 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
         tensors = [a for a in args if isinstance(a, Tensor)]
         found = [t.labels(x) for x in tensors]
         labels = [m for ms in found for m in ms]
-        scalars = numbers(args)
         out = out[0] if isinstance(out, tuple) else out
         if not labels:
-            if scalars:
-                t.record((), scalars)
             if inplace:
                 t.set(out, ())
             t.memory.blank(out, bool(tensors) and all(map(t.memory.is_blank, tensors)))
             return
-        t.record(labels, scalars)
+        t.record(labels)
         t.expose(labels)
         if op in _POLES:
             pole = _POLES[op](args)

@@ -27,6 +27,9 @@ RULES: dict[str, Rule] = {
     **recurrent.RULES,
 }
 
+SIZED = frozenset({*movement.RULES, *reshape.RULES, "convolution", "native_group_norm"})
+"""Operations among whose numbers there are widths, or places along channels."""
+
 _ELSEWHERE = "channels lie along another axis"
 _SECOND = frozenset({1})
 

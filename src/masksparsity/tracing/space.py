@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from .labels import Labels
-from .tracer import Rule, Tracer, numbers
+from .tracer import Rule, Tracer
 
 RULES: dict[str, Rule] = {}
 
@@ -65,7 +65,7 @@ def _reduction(sums: bool, clean: bool = True) -> Rule:
         keepdim = kwargs.get("keepdim", rest[1] if len(rest) > 1 else False)
         reduced = {d % x.ndim for d in dims}
         found = t.labels(x)
-        t.record(found, [] if found else [x.shape[d] for d in sorted(reduced)])
+        t.record(found, sorted(reduced) if found else [x.shape[d] for d in sorted(reduced)])
         t.expose(found)
         result = []
         for m in found:
@@ -186,7 +186,7 @@ def order(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -
     x, place = args[0], 2 if op == "topk" else 1
     dim = (args[place] if len(args) > place else kwargs.get("dim", -1)) % x.ndim
     found = t.labels(x)
-    t.record(found, [*numbers(args), *([] if found else [x.shape[dim]])])
+    t.record(found, [dim, *([] if found else [x.shape[dim]])])
     t.expose(found)
     t.pin([m for m in found if dim in m.axes], "in order over channels")
     passing = [m._replace(sources=frozenset()) for m in found if dim not in m.axes]
@@ -198,9 +198,9 @@ def order(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -
 
 def fourier(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     """Transforms along some axes: what others are labelled by passes."""
-    x, dims, *numbers_ = args
+    x, dims = args[:2]
     found, over = t.labels(x), {d % x.ndim for d in dims}
-    t.record(found, [*numbers_, *([] if found else [x.shape[d] for d in sorted(over)])])
+    t.record(found, sorted(over) if found else [x.shape[d] for d in sorted(over)])
     t.expose(found)
     t.pin([m for m in found if m.axes & over], "transformed over channels")
     t.set(out, [m._replace(sources=frozenset()) for m in found if not m.axes & over], inplace)

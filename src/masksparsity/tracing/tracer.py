@@ -52,6 +52,7 @@ class Tracer:
         self.names = {id(tensor): name for name, tensor in self.tensors.items()}
         self.paths = {id(module): name for name, module in self.modules.items()}
         self.operation = ""
+        self.numbers: tuple[Any, ...] = ()  # among its arguments, not recorded yet
         self.stack: list[str] = [""]
         self.failed: str | None = None  # the module whose forward raised
         self.fault: tuple[Exception | None, list[Tensor]] = (None, [])
@@ -198,11 +199,11 @@ class Tracer:
                 self.producers |= m.sources
 
     def record(self, labels: Iterable[Labels], scalars: Iterable[Any] = ()) -> None:
-        """What an operation reads: the proof compares it."""
-        labels = tuple(labels)
+        """What an operation reads, and its numbers: the proof compares it."""
+        labels, scalars, self.numbers = tuple(labels), (*scalars, *self.numbers), ()
         ids = tuple([m.ids for m in labels])
         shapes = tuple([m.ids.shape if len(m.axes) > 1 else None for m in labels])
-        self.records.append(Record(self.operation, self.stack[-1], ids, tuple(scalars), shapes))
+        self.records.append(Record(self.operation, self.stack[-1], ids, scalars, shapes))
 
     def read(
         self, tensor: Tensor, axis: int, elsewhere: str | None = None
@@ -302,8 +303,8 @@ class Tracer:
             self.memory.overwrite(tensor)
         # What it computes may follow from the width of a tensor of ones.
         sizes = [n for t in tensors_in((args, kwargs)) if not self.labels(t) for n in t.shape]
-        if found or sizes or numbers(args):
-            self.record(found, [*numbers(args), *sizes])
+        if found or sizes:
+            self.record(found, sizes)
         self.expose(found)
         hooks = getattr(self.modules.get(self.module), "_forward_pre_hooks", {}).values()
         makes = any(isinstance(h, (SpectralNorm, WeightNorm)) for h in hooks)
@@ -340,9 +341,15 @@ class Tracer:
 
 
 def numbers(args: Iterable[Any]) -> tuple[Any, ...]:
-    """Python's numbers among the arguments of an operation: they may follow from a width, and then
-    change with it. Sizes, which come in lists, follow by right."""
-    return tuple([a for a in args if isinstance(a, (int, float))])
+    """Python's numbers and words among the arguments of an operation: they may follow from a width,
+    and then change with it. Sizes, which come in lists, follow by right."""
+    return tuple([a for a in args if isinstance(a, (int, float, complex, str))])
+
+
+def aside(out: Tensor, labels: Iterable[Labels]) -> list[int]:
+    """The lengths of the axes along which no channels lie, but those that broadcast."""
+    channels = frozenset().union(*(m.axes for m in labels))
+    return [n for a, n in enumerate(out.shape) if n > 1 and a not in channels]
 
 
 def extents(x: Tensor) -> list[int]:

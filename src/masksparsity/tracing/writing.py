@@ -95,7 +95,8 @@ def _write(t: Tracer, canvas: Canvas, target: Tensor, ndim: int, known: _Copy) -
     if canvas.ids is None:
         sizes = [n if a in axes else 1 for a, n in enumerate(whole.shape)]
         canvas.ids, canvas.axes = torch.full(sizes, _EMPTY), axes
-    t.record([m])
+    others = [r for a, r in enumerate(place.region) if a not in axes]
+    t.record([m], [(r.start, r.stop, r.step) for r in others])
     t.expose([m])
     region = tuple(r if a in axes else slice(None) for a, r in enumerate(place.region))
     here = canvas.ids[region]
@@ -138,8 +139,6 @@ def lift(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool)
 
 def blank(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
     """Made from nothing but sizes and a number."""
-    if numbers(args):
-        t.record((), numbers(args))
     t.memory.make(out, "zeros" in op or (0 in numbers(args) and not t.decided))
 
 
@@ -149,10 +148,9 @@ def filled(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) 
     found = t.labels(out)
     by = [m for a in args[1:] if isinstance(a, Tensor) for m in t.labels(a)]
     if inplace and zero and found and id(out) not in t.names:  # its zeros stay zero
-        t.record(found, numbers(args))
+        t.record(found)
         t.expose(found)
     elif inplace and not found and not by and not t.memory.is_viewed(out):
-        t.record((), numbers(args))
         t.memory.make(out, zero)
     else:
         t.unknown(args, kwargs, out)

@@ -1,0 +1,83 @@
+"""Numbers, words and places that follow from a width: exact, protected or refused, never wrong."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .test_exact import attempt
+from .test_hidden import row
+
+SQUARE, LINE = row(8, 8, 3, 3), row(8, 8)
+
+
+def width(x: Tensor, *pair):
+    """Of two, one while no channel is gone."""
+    return pair[x.shape[1] < 8]
+
+
+NUMBERS = {
+    "alpha of add": lambda x: torch.add(x, x.relu(), alpha=x.shape[1]),
+    "alpha of sub": lambda x: torch.sub(x, x.relu(), alpha=1 / x.shape[1]),
+    "alpha of addmm": lambda x: torch.addmm(
+        row(8)[: x.shape[1]].to(x), x.flatten(2).mT[:, 0], LINE[: x.shape[1], : x.shape[1]].to(x),
+        alpha=x.shape[1],
+    )[..., None, None].expand_as(x),
+    "value of addcmul": lambda x: torch.addcmul(x, x, x.relu(), value=x.shape[1]),
+    "value of addcdiv": lambda x: torch.addcdiv(x, x, x.abs() + 1, value=x.shape[1]),
+    "correction": lambda x: x * x.std((2, 3), correction=x.shape[1] // 4, keepdim=True),
+    "order of a norm": lambda x: x * torch.linalg.vector_norm(
+        x, ord=x.shape[1], dim=(2, 3), keepdim=True
+    ),
+    "decimals": lambda x: torch.round(x, decimals=x.shape[1] // 4),
+    "approximation": lambda x: F.gelu(x, approximate=width(x, "tanh", "none")),
+    "rounding": lambda x: torch.div(x, 0.1, rounding_mode=width(x, "floor", "trunc")),
+    "epsilon": lambda x: F.layer_norm(x, x.shape[2:], eps=x.shape[1]),
+    "padding": lambda x: F.batch_norm(
+        F.pad(x, (1, 1), value=x.shape[1]), *torch.eye(2)[:, :1].to(x).expand(2, x.shape[1])
+    ),
+    "flip": lambda x: x.flip(width(x, 2, 3)),
+    "transpose": lambda x: x.mT if x.shape[1] == 8 else x,
+    "permute": lambda x: x.permute(width(x, (0, 1, 3, 2), (0, 1, 2, 3))),
+    "roll": lambda x: x.roll(x.shape[1] // 4, 2),
+    "windows": lambda x: x.unfold(2, 2, max(1, x.shape[1] // 4)).mean(-1),
+    "a row": lambda x: x.select(2, x.shape[1] - 4)[:, :, None],
+    "last rows": lambda x: x[:, :, x.shape[1] - 4 :],
+    "first rows": lambda x: x[:, :, : x.shape[1] - 3],
+    "pieces": lambda x: x.split([x.shape[1] // 2, 8 - x.shape[1] // 2], 2)[0],
+    "repeated": lambda x: x.repeat(1, 1, x.shape[1] // 4, 1),
+    "expanded": lambda x: x[:, :, :1].expand(-1, -1, x.shape[1], -1),
+    "viewed": lambda x: x.view(*x.shape[:2], -1, width(x, 8, 4)),
+    "stacked": lambda x: torch.cat([x, x.relu()], width(x, 2, 3)),
+    "softmax": lambda x: x.softmax(width(x, 2, 3)) * x,
+    "written": lambda x: _written(x, x.shape[1] // 4),
+    "chosen": lambda x: x.index_select(width(x, 2, 3), torch.arange(3)),
+}  # fmt: skip
+
+
+def _written(x: Tensor, row: int) -> Tensor:
+    out = torch.zeros_like(x)
+    out[:, :, row:] = x[:, :, row:]
+    return out
+
+
+class Placed(nn.Module):
+    """Where a value lies counts in the output."""
+
+    def __init__(self, operation):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 4, 1)
+        self.operation = operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.operation(self.a(x)))
+        places = torch.arange(y[0, 0].numel(), dtype=x.dtype).view(y.shape[2:])
+        return (y * places).sum((2, 3))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_follows_from_a_width_is_never_wrong(name):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        outcome, distance = attempt(Placed(NUMBERS[name]), seed, empty=0.0)
+        assert outcome != "wrong", distance
