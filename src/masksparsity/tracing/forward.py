@@ -24,6 +24,7 @@ from .network import (
     tensors_in,
     unchanged,
 )
+from .places import PLACING
 from .rules import SIZED
 from .standin import CONVOLUTION, stand_in
 from .tracer import Rule, Tracer, numbers
@@ -77,7 +78,7 @@ class Operations(TorchDispatchMode):
         for x in (*written, *kwargs.values()):
             if isinstance(x, Tensor):
                 self.tracer.memory.spare(root(x))
-                if operation != "copy":
+                if operation != "copy" and operation not in PLACING:
                     self.tracer.memory.overwrite(x)
         if torch.Tag.inplace_view not in func.tags:
             return args

@@ -72,12 +72,12 @@ class Memory:
         canvas = self.canvases.get(root(tensor)) if self.canvases else None
         return canvas is not None and canvas.ids is None
 
-    def is_zero(self, tensor: Tensor, ids: Tensor | None = None) -> bool:
-        """Is it zero, as forward made it? `ids` count on that: what is kept may be filled the next
-        time. Without them, it has to be a number."""
+    def is_zero(self, tensor: Tensor, ids: Tensor | None = None, written: bool = False) -> bool:
+        """Is it zero, as forward made it, or was it, if it is written to by now? `ids` count on
+        that: what is kept may be filled the next time. Without them, it has to be a number."""
         if (tensor.ndim and ids is None) or not self.is_untouched(tensor):
             return False
-        zero = self.canvases[root(tensor)].zero and not bool(tensor.any())
+        zero = self.canvases[root(tensor)].zero and (written or not bool(tensor.any()))
         if zero and ids is not None:
             self.trusted.append((weakref.ref(root(tensor)), ids))
         return zero

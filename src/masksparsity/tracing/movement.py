@@ -225,35 +225,6 @@ RULES["pixel_shuffle"] = _movement(_pixel_shuffle, False)
 RULES["pixel_unshuffle"] = _movement(_pixel_unshuffle, False)
 
 
-def index(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
-    """`x[:, i, j]` with integer tensors, along axes that hold no channels."""
-    x, indices = args[:2]
-    places = [k for k, i in enumerate(indices) if i is not None]
-    found = t.labels(x)
-    chosen = [m for i in indices if i is not None for m in t.labels(i)]
-    whole = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
-    if whole:  # as long as it is true
-        t.mattered = True
-    if not found and not chosen:
-        t.set(out, ())
-        return
-    if whole or chosen or places != list(range(places[0], places[-1] + 1)):
-        t.unknown(args, kwargs, out)
-        return
-    lost = [m for m in found if not m.axes.isdisjoint(places)]
-    t.expose(lost)
-    t.pin(lost, "channels are picked by an index")
-    first, more = places[0], out.ndim - x.ndim
-    result = []
-    for m in found:
-        if m.axes.isdisjoint(places):
-            ids = m.ids.flatten(first, places[-1]) if len(places) > 1 else m.ids
-            ids = ids.view(*ids.shape[:first], *[1] * (len(places) + more), *ids.shape[first + 1 :])
-            axes = frozenset(a + more if a > first else a for a in m.axes)
-            result.append(m._replace(ids=ids, axes=axes))
-    t.set(out, result)
-
-
 def index_select(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     """Places along one axis, in any order."""
     x, dim, places = args
@@ -288,5 +259,5 @@ def restride(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: b
         t.unknown(args, kwargs, out)
 
 
-RULES["index"], RULES["embedding"], RULES["index_select"] = index, embedding, index_select
+RULES["embedding"], RULES["index_select"] = embedding, index_select
 RULES["as_strided"] = restride

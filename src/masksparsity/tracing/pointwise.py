@@ -106,7 +106,7 @@ def _merge(
     for ids, axes, clean in merged:
         if len(clean) < len(tensors) and any(
             index not in clean
-            and any(_varies(x, a - out.ndim + x.ndim) for a in axes)
+            and any(varies(x, a - out.ndim + x.ndim) for a in axes)
             and not t.memory.is_blank(x)
             for index, x in enumerate(tensors)
         ):
@@ -125,7 +125,7 @@ def _merge(
     return result
 
 
-def _varies(x: Tensor, axis: int) -> bool:
+def varies(x: Tensor, axis: int) -> bool:
     """What was expanded along an axis has one value there, whatever its length."""
     if axis < 0 or x.shape[axis] == 1:
         return False

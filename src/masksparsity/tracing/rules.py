@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cuts, joining, movement, pointwise, recurrent, reshape, space, writing
+from . import cuts, joining, movement, places, pointwise, recurrent, reshape, space, writing
 from .labels import Labels, Norm, Product
 from .tracer import FOLD, Rule, Tracer
 
@@ -24,6 +24,7 @@ RULES: dict[str, Rule] = {
     **pointwise.RULES,
     **space.RULES,
     **writing.RULES,
+    **places.RULES,
     **recurrent.RULES,
 }
 

@@ -156,17 +156,6 @@ def filled(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) 
         t.unknown(args, kwargs, out)
 
 
-def index_put(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
-    """`x[x < 0] = 0`"""
-    x, places, value = args[:3]
-    mask = places[0] if len(places) == 1 else None
-    elementwise = mask is not None and mask.dtype == torch.bool and mask.shape == x.shape
-    if elementwise and not value.ndim:
-        pointwise.RULES["masked_fill"](t, op, (x, mask, value), {}, out, inplace)
-    else:
-        t.unknown(args, kwargs, out)
-
-
 def _is_zero(t: Tracer, value: Any) -> bool:
     return t.memory.is_zero(value) if isinstance(value, Tensor) else value == 0
 
@@ -179,6 +168,5 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(BLANK.split(), blank),
     **dict.fromkeys(FILLED, filled),
     "copy": copy,
-    "index_put": index_put,
     "lift_fresh": lift,
 }
