@@ -6,13 +6,15 @@ The flags are generated from the fields of the config; the recipe's values are t
 import functools
 import inspect
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import tyro
 
-from masksparsity.commands import COMMANDS, Files, show
+from masksparsity.commands import COMMANDS, NEED_DATA, files_of, misplaced, show
 from masksparsity.errors import MaskSparsityError, RunFailure
 from masksparsity.pipeline.config import Config
+from masksparsity.pipeline.stages import STAGES
 from masksparsity.recipes import RECIPES, recipe
 from masksparsity.train import dist
 from masksparsity.train.progress import say
@@ -42,8 +44,12 @@ def _dispatch(arguments: list[str]) -> None:
         raise MaskSparsityError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     config, rest = _config(name, rest)
-    defaults = {"config": config, "files": Files()}
     known = inspect.signature(command).parameters
+    config = _with_model(config, name, rest)
+    for key in ("weights", "mask"):
+        if name in STAGES and f"--{key}" in rest and key not in STAGES[name].inputs:
+            raise MaskSparsityError(misplaced(name, key))
+    defaults = {"config": config, "files": files_of(name)()}
     tyro.cli(
         functools.partial(command, **{k: v for k, v in defaults.items() if k in known}),
         args=rest,
@@ -66,6 +72,20 @@ def _config(command: str, arguments: list[str]) -> tuple[Config, list[str]]:
         case [first, *rest] if not first.startswith("-") and command != "compare-masks":
             return recipe(first), rest
     return recipe(next(iter(RECIPES))), arguments
+
+
+def _with_model(config: Config, command: str, arguments: list[str]) -> Config:
+    """Another model than the recipe's takes none of its options, and, where no data say what its
+    input is, the usual one."""
+    flags = [argument.partition("=")[0] for argument in arguments]
+    if "--model.name" not in flags:
+        return config
+    flag = arguments[flags.index("--model.name") :]
+    name = flag[0].partition("=")[2] or "".join(flag[1:2])
+    size = 224 if name.startswith(("torchvision/", "timm/")) else 32
+    shape = config.model.input if command in NEED_DATA else (3, size, size)
+    changed = replace(config.model, name=name, options=(), input=shape)
+    return config if name == config.model.name else replace(config, model=changed)
 
 
 def _summary(name: str) -> str:

@@ -28,16 +28,47 @@ class Files:
 
     out: Path | None = None
     """Run directory; runs/RECIPE if not given."""
-    weights: Path | None = None
-    """Start from these weights instead of those of the stage before."""
-    mask: Path | None = None
-    """Use this mask instead of the run's own."""
     fresh: bool = False
     """Do the stage again, and discard what came of it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class WithWeights(Files):
+    """Of stages that start from weights."""
+
+    weights: Path | None = None
+    """Start from these weights instead of those of the stage before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithMask(Files):
+    """Of stages that start from a mask."""
+
+    mask: Path | None = None
+    """Use this mask instead of the run's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithBoth(WithMask, WithWeights):
+    """Of stages that start from both."""
+
+
+def misplaced(stage: str, key: str) -> str:
+    """That a stage is given a file that it does not start from."""
+    instead = {"weights": "--model.weights", "mask": "--mask.file"}[key]
+    return f"{stage} takes no --{key}; did you mean {instead}?"
+
+
+def files_of(name: str) -> type[Files]:
+    """The files that a stage can be given."""
+    inputs = STAGES[name].inputs if name in STAGES else {}
+    return {
+        (): Files, ("weights",): WithWeights, ("mask",): WithMask, ("weights", "mask"): WithBoth
+    }[(*inputs,)]  # fmt: skip
+
+
 Flags = Annotated[Config, tyro.conf.arg(name="")]
-FileFlags = Annotated[Files, tyro.conf.arg(name="")]
+AsFlags = tyro.conf.arg(name="")
 Masks = Annotated[tuple[Path, ...], tyro.conf.Positional]
 
 
@@ -62,10 +93,12 @@ def inspect(config: Flags) -> None:
     model = work.dense(config.model.weights)
     graph = work.trace(model)
     show(str(graph))
-    show(f"With these weights: {choose_mask(config.mask, model, graph)}")
+    random = "With random weights, which say nothing of the choice"
+    whose = "With these weights" if config.model.weights else random
+    show(f"{whose}: {choose_mask(config.mask, model, graph)}")
 
 
-def prune(config: Flags, files: FileFlags, *, one_shot: bool = False) -> None:
+def prune(config: Flags, files: Annotated[WithBoth, AsFlags], *, one_shot: bool = False) -> None:
     """Take the masked channels out, and count what the network gets right before and after.
 
     Args:
@@ -156,19 +189,19 @@ def show(what: object) -> None:
 
 
 def _stage(name: str) -> Callable[..., None]:
-    def command(config: Flags, files: FileFlags) -> None:
+    def command(config: Flags, files: Files) -> None:
         _execute(name, config, files)
 
     command.__doc__ = STAGES[name].body.__doc__
+    command.__annotations__["files"] = Annotated[files_of(name), AsFlags]
     return command
 
 
 def _execute(name: str, config: Config, files: Files) -> None:
-    inputs = {"weights": files.weights, "mask": files.mask}
+    inputs = {key: getattr(files, key, None) for key in ("weights", "mask")}
     given = {key: path for key, path in inputs.items() if path is not None}
     for key in given.keys() - STAGES[name].inputs.keys():
-        instead = "--model.weights" if key == "weights" else "--mask.file"
-        raise MaskSparsityError(f"{name} takes no --{key}; did you mean {instead}?")
+        raise MaskSparsityError(misplaced(name, key))
     runner.execute(Workspace(config, files.out, given=given), name, fresh=files.fresh)
 
 
@@ -192,3 +225,4 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare-masks": compare_masks,
     "report": report,
 }
+NEED_DATA = frozenset({"run", "evaluate", "report", *STAGES})

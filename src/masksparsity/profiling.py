@@ -13,7 +13,7 @@ from torch import nn
 from .channels.analysis import trace
 from .channels.groups import ChannelGraph
 from .channels.mask import KeepMask
-from .channels.surgery import prune
+from .channels.surgery import remove
 from .errors import MaskSparsityError
 from .tracing.network import arguments, evaluating, like
 
@@ -86,7 +86,7 @@ def latency(model: nn.Module, graph: ChannelGraph, runs: int = 20) -> Callable[[
 
     def measure(keep: KeepMask) -> float:
         args, kwargs = like(graph.example, model)
-        return statistics.median(_times(prune(model, graph, keep), args, kwargs, runs))
+        return statistics.median(_times(remove(model, graph, keep), args, kwargs, runs))
 
     return measure
 

@@ -34,7 +34,7 @@ class ScheduledDecay(Penalty):
             raise MaskSparsityError(f"steps={steps}: at least 1")
         if not 0 < span <= 1:
             raise MaskSparsityError(f"span={span}: a share of the steps, above 0 and up to 1")
-        graph.check(model)
+        graph.check(model, keep)
         slots = {slot: ~keep.slot(*slot) for slot in graph.exposed if slot[0] in graph.parameters}
         super().__init__(model, dict(sorted(slots.items())))
         self.steps, self.span = steps, span

@@ -18,7 +18,9 @@ from .silence import Branches
 
 
 class Kept(Protocol):
-    """What costs need of a `KeepMask`, which knows graphs itself."""
+    """What graphs need of a `KeepMask`, which knows graphs itself."""
+
+    graph: "ChannelGraph"
 
     @property
     def kept(self) -> Tensor:
@@ -156,8 +158,9 @@ class ChannelGraph:
         """MACs and parameters, dense or under a mask, without building the slim model."""
         return self.counter(self.counter.sizes if keep is None else keep.kept)
 
-    def check(self, model: nn.Module) -> None:
-        """Refuse a model of another shape than the traced one, naming the first difference."""
+    def check(self, model: nn.Module, keep: Kept | None = None) -> None:
+        """Refuse a model of another shape than the traced one, naming the first difference, and a
+        mask of another graph."""
         shapes = {name: tensor.shape for name, tensor in named_tensors(unwrap(model))}
         for name in {**self.shapes, **shapes}:
             if shapes.get(name) != self.shapes.get(name):
@@ -165,6 +168,13 @@ class ChannelGraph:
                     f"this graph was traced from another model: {name} is "
                     f"{_shape(shapes.get(name))} here and {_shape(self.shapes.get(name))} there; "
                     "trace the model that you prune"
+                )
+        if keep is not None and keep.graph is not self:
+            theirs, ours = ([(g.name, g.size) for g in x.groups] for x in (keep.graph, self))
+            if theirs != ours:
+                raise MaskSparsityError(
+                    "this mask was made for another graph: its groups are others than those of "
+                    "this one; make it, or load it, with this graph"
                 )
 
     def __repr__(self) -> str:

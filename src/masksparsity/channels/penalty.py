@@ -156,7 +156,7 @@ def _scale_slots(
     model: nn.Module, graph: ChannelGraph, keep: KeepMask | None, shifts: bool
 ) -> dict[tuple[str, int], Tensor]:
     """(norm parameter, 0) -> bool: which of its channels are masked."""
-    graph.check(model)
+    graph.check(model, keep)
     if not graph.norms:
         raise MaskSparsityError(
             "this model has no BatchNorm scales to penalise; use ScheduledDecay, which also drives "

@@ -33,7 +33,7 @@ from .verify import Refusal, prove, records_now
 def apply_mask(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> nn.Module:
     """A copy of `model` in which the removed channels are zero wherever they are produced: in
     filters, biases, scales and shifts. It computes what the slim model computes."""
-    graph.check(model)
+    graph.check(model, keep)
     masked = duplicate(unwrap(model))
     tensors = dict(named_tensors(masked))
     with torch.no_grad():
@@ -61,13 +61,43 @@ def prune(
         absorb: what to do about the constants that removed channels still say when their scales
             are zero and their shifts are not, see `masksparsity.channels.absorb`. None drops them.
 
+    Warns, without `absorb`, if the removed channels are not zero in `model`: removal changes what
+    it computes then.
+
     Raises:
         MaskSparsityError: if the mask leaves a group without channels, if optimizer state has a
             shape that is not its parameter's, or if the slim model cannot be proved to read the
             same channels as before. Nothing has changed then.
     """
     made_up = graph.made_up and made_up_will_do(model)
-    return remove(model, graph, keep, optimizer, absorb, made_up)
+    slim = remove(model, graph, keep, optimizer, absorb, made_up)
+    name, most = loudest(model, graph, keep)
+    if absorb is None and most > _ZERO:
+        warnings.warn(
+            f"the removed channels are not zero (up to {most:.3g} in {name}): the slim network "
+            "computes what apply_mask(model, graph, keep) does, not what model does. Drive them to "
+            "zero first, as ScheduledDecay does in the steps that it is given, or finetune",
+            stacklevel=2,
+        )
+    return slim
+
+
+_ZERO = 1e-6
+
+
+def loudest(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> tuple[str, float]:
+    """The largest magnitude of what has to be zero for removal to change nothing, and where."""
+    tensors = dict(named_tensors(unwrap(model)))
+    found = []
+    for name, axis in sorted(graph.exposed):
+        gone = (~keep.slot(name, axis)).nonzero().squeeze(1)
+        if len(gone):
+            values = tensors[name].detach()
+            found.append((name, values.index_select(axis, gone.to(values.device)).abs().max()))
+    if not found:
+        return "", 0.0
+    sizes = torch.stack([size.float() for _, size in found])
+    return found[int(sizes.argmax())][0], float(sizes.max())
 
 
 @torch.inference_mode(False)
@@ -80,7 +110,7 @@ def remove(
     made_up: bool = False,
 ) -> nn.Module:
     """`prune`; with `made_up`, the first proof computes no convolution."""
-    graph.check(model)
+    graph.check(model, keep)
     model = unwrap(model)
     for group, missed in zip(graph.groups, graph.branches.missed(keep.kept), strict=True):
         if missed:

@@ -54,6 +54,12 @@ def load_mask(path: str | Path, graph: ChannelGraph) -> KeepMask:
     groups = {n.removeprefix("group/"): v for n, v in tensors.items() if n.startswith("group/")}
     if not groups:
         raise MaskSparsityError(f"{file} holds no mask")
+    missing = [group.name for group in graph.prunable if group.name not in groups]
+    if missing:
+        raise MaskSparsityError(
+            f"{file} says nothing of {missing[0]}, a channel group of this model: is it a mask of "
+            "another one?"
+        )
     try:
         keep = KeepMask(graph, groups)
     except MaskSparsityError as error:

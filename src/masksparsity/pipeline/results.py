@@ -29,7 +29,7 @@ def collect(work: Workspace) -> dict[str, Any]:
     """Everything that is known of the run, complete or not."""
     found = {name: work.runs.result(name) for name in STAGES if work.runs.complete(name)}
     counts = {key: found[stage] for key, stage in ACCURACY.items() if stage in found}
-    pruned = found.get("prune", found.get("one-shot", {}))
+    pruned = found.get("prune", found.get("one-shot", found.get("mask", {})))
     counts |= {key: pruned[key] for key in ("before_removal", "after_removal") if key in pruned}
     results: dict[str, Any] = {
         "recipe": work.config.recipe,

@@ -41,9 +41,10 @@ class RunDir:
         begun = self.complete(stage) or (self.folder(stage) / CHECKPOINT).exists()
         return self._read(stage, CONFIG) if begun else None
 
-    def begin(self, stage: str, asked: dict[str, Any], config: dict[str, Any]) -> None:
-        """Write what the stage is asked to do, and the whole config, to be run again."""
-        atomic.write_json(self.path / CONFIG, config)
+    def begin(self, stage: str, asked: dict[str, Any], config: dict[str, Any] | None) -> None:
+        """Write what the stage is asked to do, and the run's whole config, to be run again."""
+        if config is not None:
+            atomic.write_json(self.path / CONFIG, config)
         atomic.write_json(self.folder(stage) / CONFIG, asked)
 
     def end(self, stage: str, result: dict[str, Any]) -> None:

@@ -53,7 +53,7 @@ def execute(work: Workspace, name: str, *, fresh: bool = False) -> dict[str, Any
     if dist.rank() == 0:
         if fresh:
             work.runs.discard(name)
-        work.runs.begin(name, asked, work.config.as_json())
+        work.runs.begin(name, asked, work.config.as_json() if _agrees(work, name) else None)
     dist.barrier()
     killed = sum(line["seconds"] for line in read_metrics(folder))
     start = time.monotonic()
@@ -64,7 +64,21 @@ def execute(work: Workspace, name: str, *, fresh: bool = False) -> dict[str, Any
         work.runs.end(name, result)
     dist.barrier()
     say(_line(name, result))
+    for warning in result.get("warnings", []):
+        say(f"{name}: {warning}")
     return result
+
+
+def _agrees(work: Workspace, name: str) -> bool:
+    """Were the other stages there asked for what the config says now? A stage that starts from
+    given files may stand among those of another run, whose config has to stay."""
+    others = [stage for stage in STAGES.values() if stage.name != name]
+    pairs = [(work.runs.asked(stage.name), work.asked(stage)) for stage in others]
+    return not any(
+        [*_unequal({**saved, "inputs": None}, {**now, "inputs": None})]
+        for saved, now in pairs
+        if saved
+    )
 
 
 def _refuse_differences(work: Workspace, stage: Stage, asked: dict[str, Any], fresh: bool) -> None:
@@ -72,8 +86,8 @@ def _refuse_differences(work: Workspace, stage: Stage, asked: dict[str, Any], fr
     if differences := {*own, *_before(work, asked)}:
         raise MaskSparsityError(
             f"{work.runs.path} was begun with other settings: {'; '.join(sorted(differences))}. Go "
-            f"on with its own by --config {work.runs.path / CONFIG}, keep it and choose another "
-            "place with --out, or do again what differs with --fresh."
+            f"on with its own by --config {work.runs.path / CONFIG} --out {work.runs.path}, keep "
+            "it and choose another place with --out, or do again what differs with --fresh."
         )
 
 

@@ -1,5 +1,6 @@
 """The stages: each a function from its predecessor's files to files and a result of its own."""
 
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -80,6 +81,7 @@ def one_shot(work: Workspace, folder: Path) -> Result:
     result, slim = _prune(work, model, graph, keep)
     _recalibrate(work, slim, work.config.one_shot.images)
     _save(folder, slim)
+    result["warnings"] = []  # that the channels are not zero is meant so
     return _save_mask(work, folder, keep) | measure(work, slim) | result
 
 
@@ -95,7 +97,9 @@ def scratch(work: Workspace, folder: Path) -> Result:
     keep = read_mask(work.file(STAGES["scratch"], "mask"), graph)
     # Slices of the dense network's random weights: their scale, which the dense widths set, does
     # not matter before a BatchNorm.
-    slim = work.place(ms.prune(model, graph, keep))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that its channels are not zero
+        slim = work.place(ms.prune(model, graph, keep))
     return _train(work, folder, slim, work.config.scratch)
 
 
@@ -164,8 +168,11 @@ def _prune(
 ) -> tuple[Result, nn.Module]:
     before = measure(work, model)
     how = work.config.prune.absorb
-    slim = work.place(ms.prune(model, graph, keep, absorb=None if how == "none" else how))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        slim = work.place(ms.prune(model, graph, keep, absorb=None if how == "none" else how))
     result = {
+        "warnings": [str(warning.message) for warning in caught],
         "before_removal": before,
         "after_removal": measure(work, slim),
         "latency_ms": {

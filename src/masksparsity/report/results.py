@@ -22,8 +22,9 @@ STAGES = {
     "prune": "after_removal",
     "finetune": "finetuned",
     "scratch": "scratch",
+    "one-shot": "recalibrated",
 }
-ON_SLIM = ("prune", "finetune", "scratch")
+ON_SLIM = ("prune", "finetune", "scratch", "one-shot")
 
 
 def read(path: Path) -> Results:
@@ -80,7 +81,7 @@ def shown(value: float | None, text: Callable[[float], str]) -> str:
     return "" if value is None else text(value)
 
 
-HEAD = ("stage", "accuracy", "correct", "MACs", "parameters", "seconds")
+HEAD = ("stage", "epochs", "accuracy", "correct", "MACs", "parameters", "seconds")
 
 
 def rows(results: Results) -> list[tuple[str, ...]]:
@@ -92,7 +93,9 @@ def rows(results: Results) -> list[tuple[str, ...]]:
         if accuracy is None and seconds is None:
             continue
         total, measured = number(results, "total"), accuracy is not None
+        epochs = len(results.get("curves", {}).get(stage, [])) or None
         cells = (
+            (epochs, "{:.0f}".format),
             (accuracy, percent),
             (number(results, "correct", key), f"{{:.0f}} / {total:.0f}".format if total else count),
             (number(results, "macs", size) if measured else None, count),
