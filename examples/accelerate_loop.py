@@ -1,4 +1,4 @@
-"""Hugging Face Accelerate: trace the bare model, penalise and prune the prepared one."""
+"""Accelerate (pip install accelerate): trace the bare model, prune the prepared one."""
 
 import torch
 from accelerate import Accelerator

@@ -1,4 +1,4 @@
-"""Lightning: the penalty goes where the optimizer is made."""
+"""Lightning (pip install lightning): the penalty goes where the optimizer is made."""
 
 import lightning
 import torch

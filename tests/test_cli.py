@@ -131,6 +131,8 @@ def test_prune_one_shot(shell: Shell, weights: Path, tmp_path: Path) -> None:
         (["run", "--model.options", "width"], "KEY=VALUE"),
         (["run", "--mask.file", "missing.json", "--baseline.epochs", "0"], "missing"),
         (["train", "--mask", "x.json"], "train takes no --mask"),
+        (["mask", "--mask", "x.json"], "did you mean --mask.file?"),
+        (["inspect", "--model.name", "tests.test_cli:broken"], "raised ValueError: no width"),
         (["mask", "--mask.pruned-macs", "0.9999", "--weights", "WEIGHTS"], "cannot be met"),
         (["mask", "--mask.ignore", "layer9", "--weights", "WEIGHTS"], "layer9"),
         (["evaluate"], "--weights"),
@@ -153,6 +155,17 @@ def test_mistakes_exit_with_2_and_say_what(
     assert code == 2
     assert message in err
     assert "Traceback" not in err
+
+
+def broken(num_classes: int = 10) -> None:
+    raise ValueError("no width")
+
+
+def test_another_model_than_the_recipes_takes_none_of_its_options(shell: Shell) -> None:
+    for name in ("torchvision/resnet18", "resnet32"):
+        code, out, _ = shell("inspect", "--model.name", name)
+        assert code == 0
+        assert "With random weights" in out
 
 
 def test_a_failed_run_exits_with_1(shell: Shell) -> None:

@@ -295,6 +295,25 @@ def test_scratch_and_one_shot(whole: Path, tmp_path: Path) -> None:
     assert work.trace(slim).cost().macs == result["macs"]["slim"]
 
 
+def test_a_stage_from_given_files_leaves_the_config_of_the_run_beside_it(tmp_path: Path) -> None:
+    execute(Workspace(tiny(1), tmp_path), "train")
+    weights = {"weights": tmp_path / "train" / "model.safetensors"}
+    other = tiny(3, mask=MaskConfig(scores="norm"))
+    execute(Workspace(other, tmp_path, given=weights), "one-shot")
+    assert Config.read(tmp_path / "config.json") == tiny(1)
+    execute(Workspace(Config.read(tmp_path / "config.json"), tmp_path), "sparsify")
+
+
+def test_removal_of_what_is_not_zero_warns(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"mask": whole / "mask" / "mask.json", "weights": whole / "train" / "model.safetensors"}
+    result = execute(Workspace(tiny(), tmp_path, given=given), "prune")
+    assert "not zero" in result["warnings"][0]
+    assert "prune: the removed channels are not zero" in capsys.readouterr().err
+    assert numbers(whole)["warnings"] == []
+
+
 def test_a_stage_without_its_predecessor_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(MaskSparsityError, match=r"masksparsity mask-sparsify.*--weights"):
         execute(Workspace(tiny(), tmp_path / "out"), "prune")

@@ -5,6 +5,7 @@ The flags are generated from the fields of the config; the recipe's values are t
 
 import functools
 import inspect
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,8 @@ def main() -> None:
         if dist.rank() == 0:
             print(f"masksparsity: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, RunFailure) else 2)
+    except BrokenPipeError:  # a reader such as `head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         say("stopped; the same command goes on from the last complete epoch")
         sys.exit(130)

@@ -107,6 +107,10 @@ def test_mistakes_are_named(graph, resnet50):
         ms.KeepMask.from_norms(graph, {"bn9": torch.ones(3)})
     with pytest.raises(ms.MaskSparsityError, match="different models"):
         ms.KeepMask(graph).iou(ms.KeepMask(resnet50))
+    model = ms.models.create("resnet20")
+    for use in (ms.prune, ms.apply_mask, ms.MaskedL1):
+        with pytest.raises(ms.MaskSparsityError, match="mask was made for another graph"):
+            use(model, graph, ms.KeepMask(resnet50))
 
 
 @given(seeds=st.tuples(st.integers(0, 99), st.integers(0, 99)))

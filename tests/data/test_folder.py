@@ -110,17 +110,19 @@ def test_sets_to_evaluate_on_need_no_training_images(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(MaskSparsityError, match="nowhere: no images; expected train/<class>"):
+    with pytest.raises(MaskSparsityError, match="nowhere: there is no such file or directory"):
         read(tmp_path / "nowhere")
+    with pytest.raises(MaskSparsityError, match="no images; expected train/<class>"):
+        read(tmp_path)
     write(tmp_path)
     other = tmp_path / "test" / "dog" / "1.png"
     Image.new("RGB", (9, 8)).save(other)
     with pytest.raises(MaskSparsityError, match=r"1\.png has 8x9 pixels.*--data\.image-size"):
         read(tmp_path)
     other.write_bytes(b"no image")
-    with pytest.raises(MaskSparsityError, match=r"1\.png is not a readable image"):
+    with pytest.raises(MaskSparsityError, match=r"1\.png is no image of a known format"):
         read(tmp_path)
-    with pytest.raises(MaskSparsityError, match=r"1\.png is not a readable image"):
+    with pytest.raises(MaskSparsityError, match=r"1\.png is no image of a known format"):
         first_pixels(read(tmp_path, resident=False, workers=0))
     (tmp_path / "test" / "dog").rename(tmp_path / "test" / "wolf")
     with pytest.raises(MaskSparsityError, match="dog, wolf"):

@@ -37,6 +37,9 @@ def test_a_mask_of_another_model_is_refused(bound, tmp_path):
     other = ms.trace(ms.models.create("resnet20", width=8), x)
     with pytest.raises(ms.MaskSparsityError, match=r"mask\.safetensors: mask of .*: expected"):
         ms.KeepMask.load(tmp_path / "mask", other)
+    deeper = ms.trace(ms.models.create("resnet32"), x)  # with layers of the same names and widths
+    with pytest.raises(ms.MaskSparsityError, match=r"says nothing of layer1\.3\.conv1"):
+        ms.KeepMask.load(tmp_path / "mask", deeper)
 
 
 def test_an_archive_rebuilds_the_slim_model(bound, tmp_path):

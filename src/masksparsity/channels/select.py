@@ -6,6 +6,7 @@ may, its units with the highest scores stay; of equal scores the first stay.
 
 import math
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import TypedDict, Unpack
 
 import torch
@@ -43,7 +44,13 @@ class _Ranking:
         round_to: int = 1,
         ignore: tuple[str, ...] = (),
         max_pruned: float | Mapping[str, float] = 1.0,
+        **unknown: object,
     ):
+        if unknown:
+            name = next(iter(unknown))
+            close = get_close_matches(name, [*Limits.__annotations__, "pruned_macs"], 1)
+            hint = f": did you mean {close[0]}?" if close else ""
+            raise MaskSparsityError(f"a selector takes no {name}{hint}")
         ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
         if min_keep < 0 or round_to < 1:
             raise MaskSparsityError("min_keep is at least 0, round_to at least 1")
@@ -186,6 +193,7 @@ def budget(
         "params": (pruned_params, lambda mask: graph.cost(mask).params),
         "latency": (pruned_latency, latency),
     }
+    ranking = _Ranking(graph, scores, **limits)
     asked = {what: (share, cost) for what, (share, cost) in costs.items() if share is not None}
     if len(asked) != 1:
         raise MaskSparsityError(
@@ -196,7 +204,6 @@ def budget(
         raise MaskSparsityError("pruned_latency needs latency=, a function that measures a mask")
     measure = cost
     _share(f"pruned_{what}", share)
-    ranking = _Ranking(graph, scores, **limits)
     dense = measure(KeepMask(graph))
     if per_cost and what == "latency":
         raise MaskSparsityError("per_cost: of MACs or parameters; latency moves in jumps")
@@ -210,7 +217,7 @@ def budget(
         masks,
         units,
         lambda mask: removed(mask) >= share,
-        f"pruned_{what}={share}: at most {most:.4f} can go under {limits or 'no limits'} and "
+        f"pruned_{what}={share}: at most {most:.4f} can go under {_words(limits)} and "
         "what is protected; ask for less",
     )
     chosen = {f"pruned_{what}": share, **limits}
@@ -259,6 +266,10 @@ def _smallest(
         middle = (low + high) // 2
         low, high = (low, middle) if enough(masks(middle)) else (middle, high)
     return masks(high)
+
+
+def _words(limits: Limits) -> str:
+    return ", ".join(f"{k}={v}" for k, v in limits.items() if v not in ((), {})) or "no limits"
 
 
 def _from(mask: KeepMask, selector: str, **settings: object) -> KeepMask:

@@ -43,10 +43,12 @@ class ImageFile:
         Raises:
             MaskSparsityError: names the file that is not a readable image.
         """
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         try:
             return Image.open(io.BytesIO(self.read())).convert("RGB")
+        except UnidentifiedImageError:
+            raise MaskSparsityError(f"{self.name} is no image of a known format") from None
         except Exception as error:  # each of the format readers raises its own
             raise MaskSparsityError(f"{self.name} is not a readable image: {error}") from error
 

@@ -32,6 +32,8 @@ def folder(config: DataConfig) -> ImageSet:
             images of different sizes without `image_size`, or an unreadable image.
     """
     root = need_root("folder", config.root)
+    if not root.exists():
+        raise MaskSparsityError(f"--data.root {root}: there is no such file or directory")
     splits: dict[str, Labelled] = defaultdict(list)
     for path, file in _archive(root) if root.is_file() else _directory(root):
         if place := _place(path):

@@ -61,6 +61,12 @@ class Constructor:
             raise MaskSparsityError(
                 f"model {self.name!r} does not take {dict(self.kwargs)}: {error}"
             ) from error
+        except Exception as error:
+            if ":" not in self.name or isinstance(error, MaskSparsityError):
+                raise
+            raise MaskSparsityError(
+                f"{self.name} raised {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(model, nn.Module):
             raise MaskSparsityError(f"{self.name} returned {type(model)}, not a torch.nn.Module")
         setattr(model, _ATTRIBUTE, self)
@@ -162,8 +168,8 @@ def _factory(name: str) -> Factory:
 def _unknown(name: str, known: Iterable[str]) -> MaskSparsityError:
     by_leaf = {other.rpartition("/")[2]: other for other in known}
     close = get_close_matches(name.rpartition("/")[2], by_leaf)
-    hint = f"did you mean {', '.join(by_leaf[leaf] for leaf in close)}? " if close else ""
+    hint = f": did you mean {', '.join(by_leaf[leaf] for leaf in close)}?" if close else "."
     return MaskSparsityError(
-        f"unknown model {name!r}: {hint}There are {', '.join(_OURS)}, torchvision/<name>, "
+        f"unknown model {name!r}{hint} There are {', '.join(_OURS)}, torchvision/<name>, "
         "timm/<name> and your own module:function"
     )
