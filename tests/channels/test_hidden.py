@@ -348,6 +348,23 @@ WHOLE = {
         lambda s, x: F.grid_sample(x, s.g, align_corners=True),
         g=row(2, 5, 5, 2),
     ),
+    "a check": lambda: Middle(lambda s, x: x if not x.isnan().any() else x.nan_to_num()),
+    "where it is": lambda: Middle(lambda s, x: x * (x > 0.1).any(1, keepdim=True)),
+    "norm": lambda: Middle(lambda s, x: x * torch._VF.norm(x, 2, 1, True)),
+    "attention": lambda: Middle(
+        lambda s, x: (
+            torch.baddbmm(
+                torch.empty(1, 1, 1, dtype=x.dtype),
+                x.flatten(2).mT,
+                x.flatten(2),
+                beta=0,
+                alpha=0.3,
+            )[:, None, :, 0]
+            .softmax(-1)
+            .view(len(x), 1, *x.shape[2:])
+            * x
+        )
+    ),
     "rrelu": lambda: Middle(lambda s, x: F.rrelu(x)),
     "deformable": lambda: Middle(_deformable, w=row(8, 8, 3, 3), offset=nn.Conv2d(8, 18, 1)),
 }

@@ -154,6 +154,11 @@ def _clamp(flags: list[bool], args: Any) -> bool:
     )
 
 
+def _comparison(false: Callable[[float], bool]) -> Rule:
+    """`false(number)`: zero compares false with it."""
+    return pointwise(lambda f, args: f[0] and isinstance(args[1], (int, float)) and false(args[1]))
+
+
 def _power(flags: list[bool], args: Any) -> bool:
     return flags[0] and isinstance(args[1], (int, float)) and args[1] > 0
 
@@ -198,9 +203,9 @@ def _divide(flags: list[bool], args: Any) -> bool:
 ZERO_AT_ZERO = """relu relu6 silu gelu mish tanh hardswish leaky_relu elu selu celu hardshrink
 softshrink abs neg positive sign sqrt square erf floor round ceil trunc expm1 log1p asin atan sin
 sinh asinh tan frac sgn nan_to_num native_dropout dropout _prelu_kernel prelu
-rrelu_with_noise conj_physical polar"""
+rrelu_with_noise conj_physical polar isnan isinf"""
 NOT_ZERO_AT_ZERO = """sigmoid hardsigmoid softplus log_sigmoid exp exp2 angle cos cosh acos rsub
-eq ne ge le gt lt logical_not isnan isfinite isinf bitwise_and bitwise_or bitwise_not atan2"""
+eq ge le logical_not isfinite bitwise_and bitwise_or bitwise_not atan2"""
 _FACTORS = ("mul", "div", "remainder", "fmod", "addcmul", "addcdiv", "lerp")
 INFINITE_AT_ZERO = ("log", "log2", "log10", "rsqrt", "reciprocal", "lgamma", "digamma")
 
@@ -219,6 +224,9 @@ RULES.update(dict.fromkeys(("add", "sub", "maximum", "minimum", "complex"), poin
 RULES.update(dict.fromkeys(("clamp", "hardtanh", "clamp_min"), pointwise(_clamp)))
 RULES["mul"] = pointwise(lambda flags, args: any(flags))
 RULES.update(dict.fromkeys(("div", "remainder", "fmod"), pointwise(_divide)))
+RULES["gt"] = _comparison(lambda number: number >= 0)
+RULES["lt"] = _comparison(lambda number: number <= 0)
+RULES["ne"] = _comparison(lambda number: number == 0)
 RULES["pow"] = pointwise(_power)
 RULES["threshold"] = pointwise(_threshold)
 RULES["clamp_max"] = pointwise(_clamp_max)

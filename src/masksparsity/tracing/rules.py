@@ -143,6 +143,15 @@ def mm(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -
     _matmul(t, args[0], args[1], None, out)
 
 
+@rule("baddbmm")
+def baddbmm(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """`bmm`, as long as what would be added is left out."""
+    if kwargs.get("beta", 1) == 0 and not inplace:
+        _matmul(t, args[1], args[2], None, out)
+    else:
+        t.unknown(args, kwargs, out)
+
+
 @rule("linear")
 def linear(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     """The weight lies transposed: [outputs, inputs]."""

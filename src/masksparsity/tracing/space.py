@@ -57,8 +57,10 @@ def _reduction(sums: bool, clean: bool = True) -> Rule:
     def apply(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
         x, *rest = args
         adds = sums
-        if op == "linalg_vector_norm":
-            adds = not rest or rest[0] >= 0  # with a negative order, what is zero decides alone
+        if op in ("linalg_vector_norm", "norm"):
+            adds = (
+                not rest or rest[0] is None or rest[0] >= 0
+            )  # with a negative order, what is zero decides alone
             rest = rest[1:]
         dims = rest[0] if rest else kwargs.get("dim")
         dims = [dims] if isinstance(dims, int) else dims or range(x.ndim)
@@ -94,9 +96,9 @@ def _reduction(sums: bool, clean: bool = True) -> Rule:
 RULES.update(
     dict.fromkeys(["mean", "amax", "amin", "std", "var", "std_mean", "var_mean"], _reduction(False))
 )
-RULES.update(dict.fromkeys(["sum", "linalg_vector_norm"], _reduction(True)))
+RULES.update(dict.fromkeys(["sum", "linalg_vector_norm", "norm", "any"], _reduction(True)))
 RULES.update(
-    dict.fromkeys(["argmax", "argmin", "logsumexp", "prod", "any", "all"], _reduction(False, False))
+    dict.fromkeys(["argmax", "argmin", "logsumexp", "prod", "all"], _reduction(False, False))
 )
 
 
