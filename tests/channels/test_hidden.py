@@ -328,6 +328,10 @@ def test_recurrent_layers_read_channels_and_keep_their_units(name, dtype):
     assert slim.r.hidden_size == 5
 
 
+def _norm() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+
+
 def _deformable(s: nn.Module, x: Tensor) -> Tensor:
     return deform_conv2d(x, s.offset(x), s.w, padding=1)
 
@@ -347,6 +351,9 @@ WHOLE = {
     "grid": lambda: Middle(
         lambda s, x: F.grid_sample(x, s.g, align_corners=True),
         g=row(2, 5, 5, 2),
+    ),
+    "inference mode": lambda: Middle(
+        torch.inference_mode()(lambda s, x: F.relu(s.n(x))), n=_norm()
     ),
     "a check": lambda: Middle(lambda s, x: x if not x.isnan().any() else x.nan_to_num()),
     "where it is": lambda: Middle(lambda s, x: x * (x > 0.1).any(1, keepdim=True)),

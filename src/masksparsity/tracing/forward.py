@@ -28,7 +28,7 @@ from .places import PLACING
 from .rules import SIZED
 from .standin import CONVOLUTION, stand_in
 from .tracer import Rule, Tracer, numbers
-from .watch import Calls, escapes, module_stack
+from .watch import Calls, escapes, inference_mode_off, module_stack
 
 
 class Operations(TorchDispatchMode):
@@ -129,6 +129,7 @@ def run(
             module_stack(tracer),
             Calls(tracer) if tracer.given else escapes(tracer),
             fused_attention_off(),
+            inference_mode_off(),
             Operations(tracer),
         ):
             out = model(*args, **kwargs)

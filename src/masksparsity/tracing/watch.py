@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -64,6 +65,15 @@ def escapes(tracer: Tracer) -> Iterator[None]:
         for name in _WAYS_OUT:
             patches.enter_context(_patched(Tensor, name, leave))
         patches.enter_context(_patched(F, "scaled_dot_product_attention", attend))
+        yield
+
+
+@contextlib.contextmanager
+def inference_mode_off() -> Iterator[None]:
+    """Code that enters it runs without, as operations would arrive undivided."""
+    with _ALONE, contextlib.ExitStack() as patches:
+        for name in ("__enter__", "__exit__"):
+            patches.enter_context(_patched(torch.inference_mode, name, lambda *_: None))
         yield
 
 
