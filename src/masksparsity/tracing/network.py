@@ -70,9 +70,17 @@ def shadow(model: nn.Module) -> Iterator[nn.Module]:
 
 def kept_by(modules: Iterable[nn.Module]) -> list[Tensor]:
     """Tensors in attributes of modules, and in containers there, that are not registered."""
+    return [x for x in _values_of(modules, _OWN)[0] if isinstance(x, Tensor)]
+
+
+def _values_of(modules: Iterable[nn.Module], but: frozenset[str]) -> tuple[list[Any], list[Any]]:
+    """What modules hold in attributes but some, and in containers there; and these containers."""
+    states = map(vars, modules)
+    values = [state[key] for state in states for key in state.keys() - but]
     found: dict[int, Any] = {}
-    _containers([{k: v for k, v in vars(m).items() if k not in _OWN} for m in modules], found)
-    return [x for values in found.values() for x in _items(values) if isinstance(x, Tensor)]
+    _containers(values, found)
+    containers = [*found.values()]
+    return values + [x for container in containers for x in _items(container)], containers
 
 
 def _containers(values: Iterable[Any], found: dict[int, Any]) -> None:
@@ -255,14 +263,10 @@ _FIXED = _OWN - {"_parameters", "_buffers"}  # and no forward writes
 @contextlib.contextmanager
 def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
     """What forward writes into its modules (a cache, a counter, a generator) is undone."""
-    kept: list[tuple[dict, dict]] = []
-    containers: dict[int, Any] = {}
-    for module in modules:
-        state = vars(module)
-        kept.append((state, state.copy()))
-        _containers([v for k, v in state.items() if k not in _FIXED], containers)
-    inner = [(v, v.copy()) for v in containers.values() if not isinstance(v, tuple)]
-    values = [x for c in (*(s for s, _ in kept), *containers.values()) for x in _items(c)]
+    modules = [*modules]
+    kept = [(state, state.copy()) for state in map(vars, modules)]
+    values, containers = _values_of(modules, _FIXED)
+    inner = [(v, v.copy()) for v in containers if not isinstance(v, tuple)]
     drawn = [(x, x.get_state()) for x in values if isinstance(x, torch.Generator)]
     try:
         yield
