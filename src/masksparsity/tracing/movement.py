@@ -140,7 +140,7 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
                 for part in out:
                     t.memory.share(part)
         found = t.labels(x)
-        if not found and not hasattr(out, "_masksparsity_labels"):
+        if not found and not t.is_labelled(out):
             # Which of its values come where may follow from a width, unless all are alike.
             if t.memory.is_untouched(x):
                 if not alias:

@@ -20,7 +20,7 @@ def reshape(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bo
     found = t.labels(x)
     if not found:
         t.record((), [*extents(x), *extents(out)])
-    if found or hasattr(out, "_masksparsity_labels"):
+    if found or t.is_labelled(out):
         new = tuple(out.shape)
         for m in found:
             _unflatten(t, x, m, new)

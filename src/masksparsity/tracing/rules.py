@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import cuts, joining, movement, places, pointwise, recurrent, reshape, space, writing
-from .labels import Labels, Norm, Product
+from .labels import Labels, Norm, Product, Slot
 from .tracer import FOLD, Rule, Tracer
 
 RULES: dict[str, Rule] = {
@@ -78,16 +78,22 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
                 _tie_groups(t, groups, ids, outputs)
     _read_by(t, weight, into, ids)
     known = sources or outputs.any()
-    if bias is not None:
-        t.meet(bias, 0, outputs)
-        sources |= t.in_slots(bias, 0)
-        clean = clean and t.is_clean(bias, 0)
-    t.producers |= sources
+    sources, clean = _biased(t, bias, outputs, sources, clean)
     counted = x if transposed else out  # every input position is spread over the kernel, or read
     positions = counted.numel() / counted.shape[1] * math.prod(shape[2:])
     t.products.append(Product(t.module, positions, outputs, inputs))
     # A lone or unknown channel is no channel: it may be broadcast over others.
     t.set(out, [_channels(t, outputs, out.ndim, clean, sources)] if known else ())
+
+
+def _biased(
+    t: Tracer, bias: Tensor | None, ids: Tensor, sources: frozenset[Slot], clean: bool
+) -> tuple[frozenset[Slot], bool]:
+    """The sources of what a bias is added to, and whether it is clean still."""
+    t.meet(bias, 0, ids)
+    sources |= t.in_slots(bias, 0)
+    t.producers |= sources
+    return sources, clean and t.is_clean(bias, 0)
 
 
 def _all_alike(t: Tracer, weight: Tensor) -> bool:
@@ -177,12 +183,10 @@ def _matmul(
     t.exposed |= frozenset().union(*(m.sources for m in t.labels(b) if into in m.axes))
     _read_by(t, b, into, ids)
     outputs, sources, clean = t.out_ids(b, outof)
+    sources, clean = _biased(t, bias, outputs, sources, clean)
     if bias is not None:
-        t.meet(bias, 0, outputs)
-        sources |= t.in_slots(bias, 0)
-        clean = clean and t.is_clean(bias, 0)
         t.pin(rows, "a bias is added to every row")
-    t.producers |= sources.union(*(m.sources for m in rows))
+    t.producers |= frozenset().union(*(m.sources for m in rows))
     t.products.append(Product(t.module, out.numel() / out.shape[-1], outputs, ids))
     last = out.ndim - 1
     columns = Labels(t.along(outputs, last, out.ndim), frozenset({last}), clean, sources)
@@ -250,10 +254,11 @@ def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
     x, weight, bias, *statistics = args[:5]
     ids, seen = t.read(x, 1, "normalised over channels")
     t.record((seen,) if seen else ())
-    for tensor in (weight, bias, *statistics):
+    for tensor in (weight, *statistics):
         if isinstance(tensor, Tensor):
             t.meet(tensor, 0, ids)
     if seen is None:
+        t.meet(bias, 0, ids)
         t.set(out[0], ())
         return
     if weight is not None:
@@ -261,9 +266,7 @@ def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
     else:  # with its own statistics, what is zero everywhere stays zero
         sources, clean = seen.sources, seen.clean and statistics[0] is None
         t.expose([seen])
-    sources |= t.in_slots(bias, 0)
-    clean = clean and t.is_clean(bias, 0)
-    t.producers |= sources
+    sources, clean = _biased(t, bias, ids, sources, clean)
     name = t.names.get(id(weight))
     if name is not None and name not in t.norms:
         t.norms[name] = Norm(t.module, name, t.names.get(id(bias)))
@@ -296,9 +299,7 @@ def group_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
     sources, clean = seen.sources, seen.clean
     if weight is not None:
         sources, clean = t.in_slots(weight, 0), t.is_clean(weight, 0)
-    sources |= t.in_slots(bias, 0)
-    clean = clean and t.is_clean(bias, 0)
-    t.producers |= sources
+    sources, clean = _biased(t, bias, ids, sources, clean)
     t.set(out[0], [_channels(t, ids, x.ndim, clean, sources)])
 
 

@@ -110,6 +110,10 @@ class Tracer:
             )  # fmt: skip
         return self._own[name]
 
+    def is_labelled(self, tensor: Any) -> bool:
+        """Does it carry labels, were they of an earlier trace?"""
+        return hasattr(tensor, _LABELS)
+
     def along(self, flat: Tensor, axis: int, ndim: int) -> Tensor:
         """1-D ids along one of `ndim` axes. The same ids give the same tensor, and `flat` gives
         them back: one `is` tells then, from here to the proof, what would take comparing."""
@@ -148,7 +152,7 @@ class Tracer:
         if inplace and self.memory.is_viewed(out):
             # Others see the same memory and still believe that its zeros stay zero.
             self.pin([m for m in labels if not m.clean], "a view is overwritten")
-        if labels or hasattr(out, _LABELS):
+        if labels or self.is_labelled(out):
             setattr(out, _LABELS, (self.token, labels))
 
     def spoil(self, tensor: Tensor) -> None:
@@ -323,7 +327,7 @@ class Tracer:
     def forget(self, tensor: Tensor) -> None:
         """Take off what travels beside a tensor."""
         self.memory.forget(tensor)
-        if hasattr(tensor, _LABELS):
+        if self.is_labelled(tensor):
             delattr(tensor, _LABELS)
 
     def _labelled(self, slot: Slot) -> bool:
