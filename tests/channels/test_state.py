@@ -158,3 +158,20 @@ def test_in_inference_mode_the_same_comes_out():
         assert ms.profile(model, x, runs=2).macs == graph.cost().macs
     for net in nets:  # they can be trained
         net(torch.randn(2, 3, 4, 4)).sum().backward()
+
+
+def test_a_layer_that_is_made_in_the_first_forward_has_to_be_there():
+    def make(s: nn.Module, x: Tensor) -> Tensor:
+        if not hasattr(s, "c"):
+            s.c = nn.Conv2d(x.shape[1], 8, 1)
+        return s.c(x)
+
+    model, x = Middle(make), torch.randn(2, 3, 4, 4)
+    with pytest.raises(ms.MaskSparsityError, match=r"c\.bias is made in the first forward: run"):
+        ms.trace(model, x)
+    assert not hasattr(model, "c")
+    model(x)
+    assert len(ms.trace(model, x).prunable) == 2
+    lazy = nn.Sequential(nn.LazyConv2d(8, 1), nn.Conv2d(8, 4, 1))
+    with pytest.raises(ms.MaskSparsityError, match=r"0\.weight has no shape yet"):
+        ms.trace(lazy, x)

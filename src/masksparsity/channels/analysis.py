@@ -6,11 +6,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import MaskSparsityError
 from ..tracing.forward import run, run_training
 from ..tracing.labels import Reason, Slot
-from ..tracing.network import arguments, batch_size, made_up_will_do, of_users, shadow, unwrap
+from ..tracing.network import (
+    arguments,
+    batch_size,
+    made_up_will_do,
+    named_tensors,
+    of_users,
+    shadow,
+    unwrap,
+)
 from ..tracing.recurrent import protect_units
 from ..tracing.rules import RULES
 from ..tracing.tracer import Rule, Tracer
@@ -51,7 +60,11 @@ def trace(
     in training, are not seen: choose an example that takes them, or `protect`.
     """
     args, kwargs = arguments(example_inputs)
-    with shadow(unwrap(model)) as net:
+    model = unwrap(model)
+    for name, tensor in named_tensors(model):
+        if is_lazy(tensor):
+            raise MaskSparsityError(f"{name} has no shape yet: run the model once first")
+    with shadow(model) as net:
         return _trace(net, args, kwargs, protect, tie, rules or {})
 
 
@@ -99,6 +112,11 @@ def _follow(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, theirs:
         raise MaskSparsityError(
             f"the model does not run on example_inputs: {error} (in {tracer.failed or 'the model'})"
         ) from error
+    made = sorted({name for name, _ in named_tensors(model)} - tracer.shapes.keys())
+    if made:
+        raise MaskSparsityError(
+            f"{made[0]} is made in the first forward: run the model once before it is traced"
+        )
     if theirs or tracer.untouched():
         run_training(tracer, model, args, kwargs)
 

@@ -129,7 +129,7 @@ def remove(
             kept_of.setdefault(name, []).append((axis, kept.nonzero().squeeze(1)))
     now = dict(named_tensors(model))
     slim = rebuild(model, {n: cut(now[n].detach(), axes) for n, axes in kept_of.items()})
-    with unchanged(model.modules()):  # by hooks that hold it
+    with unchanged(model.modules()), evaluating(model.modules()):  # hooks may hold it
         _settle(model, slim, graph, keep, made_up)
     if optimizer is not None:
         _carry_over(optimizer, tensors, dict(named_tensors(slim)), kept_of)

@@ -27,7 +27,7 @@ from .network import (
 from .places import PLACING
 from .rules import SIZED
 from .standin import CONVOLUTION, stand_in
-from .tracer import Rule, Tracer, numbers
+from .tracer import Rule, Tracer, aside, numbers
 from .watch import Calls, escapes, inference_mode_off, module_stack
 
 
@@ -144,7 +144,7 @@ def run(
     for ids in kept:
         tracer.pin(ids, "kept until the next forward")
     found = [m for t in tensors_in(out) for m in tracer.labels(t)]
-    tracer.record(found)
+    tracer.record(found, [n for x in tensors_in(out) for n in aside(x, tracer.labels(x))])
     tracer.expose(found)
     tracer.pin(found, "model output")
     for tensor in (*tensors_in(out), *tracer.memory.kept):

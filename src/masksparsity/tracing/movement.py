@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from . import cuts
 from .labels import Labels
 from .memory import root
-from .tracer import Rule, Tracer, aside, extents, numbers
+from .tracer import Rule, Tracer, extents, numbers
 
 
 def _same(x: Tensor, m: Labels, args: Any) -> Labels:
@@ -154,14 +154,11 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
             for m in found:
                 _CUTS[move](t, x, m, *rest, **named)
         moved = [move(x, m, *rest, **named) if move is not _same else m for m in found]
-        lengths = list[int]()
         for k, result in enumerate(out if isinstance(out, (tuple, list)) else [out]):
-            labels = [m[k] if isinstance(m, list) else m for m in moved]
-            t.set(result, labels)
-            lengths += aside(result, labels)
-        if move is not _same:
-            places = _places(move, x, frozenset().union(*(m.axes for m in found)), *rest, **named)
-            t.record(found, [*places, *lengths])
+            t.set(result, [m[k] if isinstance(m, list) else m for m in moved])
+        channels = frozenset().union(*(m.axes for m in found))
+        if places := _places(move, x, channels, *rest, **named):
+            t.record([m for m in found if bool(m.ids.all())], places)  # as far as they are known
 
     return apply
 
@@ -170,8 +167,16 @@ def _places(
     move: Callable[..., Any], x: Tensor, channels: frozenset[int], *rest: Any, **named: Any
 ) -> Sequence[Any]:
     """Where it goes along axes without channels, which might follow from a width."""
-    if move in (_permute, _transpose, _flip):
-        return [str(rest)]
+    if move in (_permute, _transpose):
+        order = [*range(x.ndim)]
+        if move is _permute:
+            order = [d % x.ndim for d in rest[0]]
+        else:
+            order[rest[0]], order[rest[1]] = order[rest[1]], order[rest[0]]
+        others = [d for d in order if d not in channels and x.shape[d] > 1]
+        return [] if others == sorted(others) else others
+    if move is _flip:
+        return [d % x.ndim for d in rest[0] if d % x.ndim not in channels]
     if move is _roll:
         return [] if {d % x.ndim for d in (rest[1:] or [()])[0]} <= channels else [str(rest)]
     dim = (*rest, named.get("dim", 0))[0]

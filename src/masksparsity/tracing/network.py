@@ -64,7 +64,7 @@ def shadow(model: nn.Module) -> Iterator[nn.Module]:
         copied = duplicate(model, {id(tensor): tensor for _, tensor in named_tensors(model)})
     except Exception:
         copied = model
-    with unchanged(model.modules()):  # hooks may hold it
+    with unchanged(model.modules()), evaluating(model.modules()):  # hooks may hold it
         yield copied
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .labels import Labels
-from .tracer import Rule, Tracer
+from .tracer import Rule, Tracer, aside
 
 
 def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
@@ -27,7 +27,7 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
                 t.set(out, ())
             t.memory.blank(out, bool(tensors) and all(map(t.memory.is_blank, tensors)))
             return
-        t.record(labels)
+        t.record(labels, aside(out, labels))
         t.expose(labels)
         if op in _POLES:
             pole = _POLES[op](args)

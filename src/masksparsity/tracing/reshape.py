@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .cuts import rows
 from .labels import Labels
-from .tracer import Rule, Tracer, aside, extents
+from .tracer import Rule, Tracer, extents
 
 
 def reshape(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
@@ -28,7 +28,6 @@ def reshape(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bo
         if t.given:
             moved = [_with_channels(m, new) for m in moved]
         t.set(out, moved)
-        t.record(found, aside(out, moved))
         if tuple(x.shape) != new and not t.given:
             for m in moved:
                 if len(m.axes) == 1:  # its length may be written down

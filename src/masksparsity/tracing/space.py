@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from .labels import Labels
-from .tracer import Rule, Tracer
+from .tracer import Rule, Tracer, aside
 
 RULES: dict[str, Rule] = {}
 
@@ -67,7 +67,8 @@ def _reduction(sums: bool, clean: bool = True) -> Rule:
         keepdim = kwargs.get("keepdim", rest[1] if len(rest) > 1 else False)
         reduced = {d % x.ndim for d in dims}
         found = t.labels(x)
-        t.record(found, sorted(reduced) if found else [x.shape[d] for d in sorted(reduced)])
+        t.record(found, [*sorted(reduced), *aside(x, found)] if found else
+                 [x.shape[d] for d in sorted(reduced)])  # fmt: skip
         t.expose(found)
         result = []
         for m in found:

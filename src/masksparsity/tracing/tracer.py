@@ -81,6 +81,7 @@ class Tracer:
         self.cuts: list[Cut] = []
         self.left: list[tuple[Tensor, Reason]] = []  # values that left PyTorch during the proof
         self.touched: set[str] = set()  # names of the tensors that took part
+        self.foreign = False  # parameters that are not the model's took part, too
         self.trained = 0  # forwards in train mode
         self.doubled = False  # of two examples, where there was one
         self.decided = False  # values came to Python, which may have chosen its way by them
@@ -295,6 +296,7 @@ class Tracer:
         if name is not None:
             self.touched.add(name)
             return frozenset({(name, axis)})
+        self.foreign |= isinstance(tensor, nn.Parameter)
         sources = (m.sources for m in self.labels(tensor) if axis in m.axes)
         return frozenset().union(*sources)
 
@@ -351,9 +353,10 @@ def numbers(args: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def aside(out: Tensor, labels: Iterable[Labels]) -> list[int]:
-    """The lengths of the axes along which no channels lie, but those that broadcast."""
-    channels = frozenset().union(*(m.axes for m in labels))
-    return [n for a, n in enumerate(out.shape) if n > 1 and a not in channels]
+    """The lengths of the axes along which no channels lie, but of the batch and those that
+    broadcast. `labels`: of what is broadcast to `out`."""
+    channels = {a - m.ids.ndim for m in labels for a in m.axes}
+    return [n for a, n in enumerate(out.shape[1:], 1 - out.ndim) if n > 1 and a not in channels]
 
 
 def extents(x: Tensor) -> list[int]:
