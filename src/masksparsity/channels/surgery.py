@@ -93,7 +93,8 @@ def loudest(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> tuple[str,
         gone = (~keep.slot(name, axis)).nonzero().squeeze(1)
         if len(gone):
             values = tensors[name].detach()
-            found.append((name, values.index_select(axis, gone.to(values.device)).abs().max()))
+            values = values.index_select(axis, gone.to(values.device))
+            found += [(name, values.abs().max())] if values.numel() else []
     if not found:
         return "", 0.0
     sizes = torch.stack([size.float() for _, size in found])
