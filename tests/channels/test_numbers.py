@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from .test_exact import attempt
 from .test_hidden import row
+from .test_writing import written
 
 SQUARE, LINE = row(8, 8, 3, 3), row(8, 8)
 
@@ -50,6 +51,15 @@ NUMBERS = {
     "viewed": lambda x: x.view(*x.shape[:2], -1, width(x, 8, 4)),
     "stacked": lambda x: torch.cat([x, x.relu()], width(x, 2, 3)),
     "softmax": lambda x: x.softmax(width(x, 2, 3)) * x,
+    "pooled zeros": lambda x: F.adaptive_avg_pool2d(
+        torch.cat([x, x.new_zeros(*x.shape[:2], x.shape[1], 8)], 2), 6
+    ),
+    "as many rows": lambda x: x[:, :, torch.zeros(x.shape[1], dtype=torch.long)],
+    "of which axis": lambda x: x.index_select(width(x, 2, 3), torch.arange(8).flip(0)),
+    "unbound": lambda x: torch.stack(x.unbind(width(x, 2, 3)), 3),
+    "picked": lambda x: x[:, :, [2, 1, 0]] if x.shape[1] == 8 else x[..., [2, 1, 0]].mT,
+    "normalised": lambda x: x * F.layer_norm(x, width(x, x.shape[2:], x.shape[3:])),
+    "a blank row": lambda x: x * written(x.new_ones(8), (x.shape[1] // 4, 0)),
     "written": lambda x: _written(x, x.shape[1] // 4),
     "chosen": lambda x: x.index_select(width(x, 2, 3), torch.arange(3)),
 }  # fmt: skip

@@ -93,6 +93,15 @@ BOUND = {
     "fewer channels": lambda s, x: x.gather(
         2, torch.zeros(len(x), 3, 1, 6, dtype=torch.long)
     ).mean(1, keepdim=True).expand(-1, x.shape[1], -1, -1),
+    "zero for the first channels": lambda s, x: x.scatter(
+        2, torch.zeros(len(x), 3, 1, 6, dtype=torch.long), 0.0
+    ),
+    "added to the first channels": lambda s, x: x.scatter_add(
+        2, torch.zeros(len(x), 3, 1, 6, dtype=torch.long), x.relu()
+    ),
+    "a value for each channel and point": lambda s, x: x * written(
+        x.clone(), (AT[:, :, [1, 2], [3, 4]], 1 + torch.arange(x.shape[1])[:, None].to(x))
+    ),
     "along channels": lambda s, x: x.gather(1, x.argsort(1)),
     "to channels": lambda s, x: zeros(x).scatter_add_(
         1, torch.arange(x.shape[1])[:, None, None].expand_as(x) // 2, x

@@ -88,7 +88,36 @@ def gated(s: nn.Module, x: Tensor) -> Tensor:
     return x * gate
 
 
-KEPT = {"another": another, "queued": queued, "gated": gated}
+def rebound(s: nn.Module, x: Tensor) -> Tensor:
+    if s.last is None:
+        s.last = x.new_zeros(len(x), 1, 1, 1)
+    y = x + s.last
+    s.last = x.abs().sum((1, 2, 3), keepdim=True)
+    return y
+
+
+def counted(s: nn.Module, x: Tensor) -> Tensor:
+    if s.last is None:
+        s.last = x.new_zeros(1)
+    y = torch.where(x > 0, x, s.last)
+    s.last = s.last + 1
+    return y
+
+
+def later(s: nn.Module, x: Tensor) -> Tensor:
+    y = x if s.last is None else x + s.last
+    s.last = x.new_ones(1)
+    return y
+
+
+KEPT = {
+    "another": another,
+    "queued": queued,
+    "gated": gated,
+    "rebound": rebound,
+    "counted": counted,
+    "later": later,
+}
 
 
 @pytest.mark.parametrize("name", KEPT)

@@ -108,7 +108,7 @@ def _trace(
 def _follow(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, theirs: bool) -> None:
     try:
         run(tracer, model, args, kwargs)
-    except RuntimeError as error:
+    except Exception as error:
         raise MaskSparsityError(
             f"the model does not run on example_inputs: {error} (in {tracer.failed or 'the model'})"
         ) from error

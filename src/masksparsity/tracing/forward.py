@@ -28,7 +28,7 @@ from .places import PLACING
 from .rules import SIZED
 from .standin import CONVOLUTION, stand_in
 from .tracer import Rule, Tracer, aside, numbers
-from .watch import Calls, escapes, inference_mode_off, module_stack
+from .watch import Calls, assignments, escapes, inference_mode_off, module_stack
 
 
 class Operations(TorchDispatchMode):
@@ -128,6 +128,7 @@ def run(
             torch.no_grad(),
             module_stack(tracer),
             Calls(tracer) if tracer.given else escapes(tracer),
+            assignments(tracer),
             fused_attention_off(),
             inference_mode_off(),
             Operations(tracer),
@@ -153,9 +154,12 @@ def run(
 
 
 def _remembers(tracer: Tracer) -> bool:
-    """Has forward kept channels, which the next one may read?"""
+    """Has forward kept channels, or tensors that were not there, which the next one may read?"""
+    before = {id(x) for x in tracer.memory.kept} | tracer.names.keys()
     kept = kept_by(tracer.modules.values())
-    return any(tracer.labels(x) for x in kept if id(x) not in tracer.names)
+    return any(
+        id(x) not in before or (id(x) not in tracer.names and tracer.labels(x)) for x in kept
+    )
 
 
 def run_training(

@@ -1,7 +1,7 @@
 """What is known of the memory of tensors, beside the labels of what they hold."""
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -30,8 +30,9 @@ class Canvas:
 class Memory:
     """Who sees which memory, what is still as forward made it, and what was the model's own."""
 
-    def __init__(self, names: Mapping[int, str]):
+    def __init__(self, names: Mapping[int, str], keeps: Callable[[], list[Tensor]]):
         self.names = names
+        self.keeps = keeps  # what modules keep now
         self.token = object()  # what an earlier trace left behind is not believed
         self.canvases = WeakIdKeyDictionary()  # tensor -> Canvas
         self.trusted: list[tuple[weakref.ref, Tensor]] = []  # to be zero; the ids that count on it
@@ -77,9 +78,12 @@ class Memory:
         that: what is kept may be filled the next time. Without them, it has to be a number."""
         if (tensor.ndim and ids is None) or not self.is_untouched(tensor):
             return False
-        zero = self.canvases[root(tensor)].zero and (written or not bool(tensor.any()))
+        whole = root(tensor)
+        if any(root(x) is whole for x in self.keeps()):  # it may be another one the next time
+            return False
+        zero = self.canvases[whole].zero and (written or not bool(tensor.any()))
         if zero and ids is not None:
-            self.trusted.append((weakref.ref(root(tensor)), ids))
+            self.trusted.append((weakref.ref(whole), ids))
         return zero
 
     def written(self, outputs: Iterable[Tensor]) -> list[Tensor]:

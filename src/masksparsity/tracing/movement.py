@@ -143,6 +143,8 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
         if not found and not t.is_labelled(out):
             # Which of its values come where may follow from a width, unless all are alike.
             if t.memory.is_untouched(x):
+                if move is _select:
+                    t.record((), numbers(rest))
                 if not alias:
                     t.memory.make(out, t.memory.canvases[root(x)].zero)
             elif move is not _same:
@@ -180,8 +182,12 @@ def _places(
     if move is _roll:
         return [] if {d % x.ndim for d in (rest[1:] or [()])[0]} <= channels else [str(rest)]
     dim = (*rest, named.get("dim", 0))[0]
-    if move not in (_slice, _select, _windows) or dim % x.ndim in channels:
+    if move not in (_slice, _select, _windows, _unbind, _index_select):
         return []
+    if dim % x.ndim in channels:
+        return []
+    if move in (_unbind, _index_select):
+        return [dim % x.ndim]
     if move is not _slice:
         return [str(rest), str(named)]
     start, stop, step = slice(*(*rest[1:], None, None)[:2], *rest[3:]).indices(x.shape[dim])

@@ -49,7 +49,12 @@ def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     for tensor in kept_by(model.modules()):
         if not tensor.is_leaf:
             memo.setdefault(id(tensor), tensor.detach().clone())
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise MaskSparsityError(
+            f"the model cannot be copied, as pruning has to: {type(error).__name__}: {error}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor
 from .labels import Labels
 from .pointwise import RULES as POINTWISE
 from .pointwise import varies
-from .tracer import Rule, Tracer
+from .tracer import Rule, Tracer, aside
 
 _Part = tuple[Any, Sequence[Labels]]
 """A tensor, or a number, and its labels as they lie along the axes of what it is laid into."""
@@ -74,7 +74,7 @@ def index(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool
             ]
             axes = frozenset(k for k in range(out.ndim) if block.back(k) in m.axes)
             result.append(m._replace(ids=m.ids.reshape(sizes), axes=axes))
-    t.record(found)
+    t.record(found, [*block.places, *aside(out, result)])
     t.set(out, result)
 
 
@@ -85,7 +85,11 @@ def index_put(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: 
     if len(indices) == 1 and mask.dtype == torch.bool and mask.shape == x.shape and not value.ndim:
         t.memory.overwrite(x)
         POINTWISE["masked_fill"](t, op, (x, mask, value), {}, out, inplace)
-    elif block is None or any(t.labels(i) for i in indices if i is not None):
+    elif (
+        block is None
+        or any(t.labels(i) for i in indices if i is not None)
+        or not (t.labels(value) or value.numel() == 1 or t.memory.is_blank(value))
+    ):
         t.unknown(args, kwargs, out)
     else:
         t.mattered = True
@@ -156,12 +160,13 @@ def _lay(
         or axes & over
         or any(m.axes != axes or m.ids.shape != sizes for m in found)
         or any(len(ms) > 1 or not (ms or _alike(t, y, axes, out.ndim)) for y, ms in tensors)
+        or (places and any(places[0].shape[a] != out.shape[a] for a in axes))
         or (inplace and not t.labels(x) and _is_seen(t, x))
     ):
         t.unknown(args, kwargs, out)
         return
     ids = found[0].ids
-    t.record(found)
+    t.record(found, aside(out, found))
     t.expose(found)
     for m in found[1:]:
         t.unite(m.ids, ids)

@@ -310,7 +310,7 @@ def layer_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
     bias = bias if isinstance(bias, Tensor) else None
     first = x.ndim - len(shape)
     found = t.labels(x)
-    t.record(found)
+    t.record(found, [first])
     t.expose(found)
     result = []
     for m in found:

@@ -15,7 +15,7 @@ def spatial(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool)
     x, result = args[0], out[0] if isinstance(out, tuple) else out
     dims = next((k for k in (1, 2, 3) if f"{k}d" in op), 2)
     found = t.labels(x)
-    t.record(found, [a for a in args[1:] if not isinstance(a, Tensor)])
+    t.record(found, [*(a for a in args[1:] if not isinstance(a, Tensor)), *aside(x, found)])
     t.expose(found)
     passing = []
     for m in found:

@@ -16,7 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .labels import ANONYMOUS, NOTHING, Cut, Labels, Norm, Product, Reason, Record, Slot
 from .memory import Memory
-from .network import tensors_in, tensors_of
+from .network import kept_by, tensors_in, tensors_of
 
 _DECIDING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
 _LABELS = "_masksparsity_labels"
@@ -87,7 +87,7 @@ class Tracer:
         self.decided = False  # values came to Python, which may have chosen its way by them
         self.spoilt: dict[Slot, Reason] = {}
         self.token = object()
-        self.memory = Memory(self.names)
+        self.memory = Memory(self.names, lambda: kept_by(self.modules.values()))
         self._own: dict[str, tuple[Labels, ...]] = {}
 
     @property

@@ -46,6 +46,16 @@ def escapes(tracer: Tracer) -> Iterator[None]:
                 tracer.pin(over, "attention divides by the width")
         return attention(*args, **kwargs)
 
+    with _ALONE, contextlib.ExitStack() as patches:
+        for name in _WAYS_OUT:
+            patches.enter_context(_patched(Tensor, name, leave))
+        patches.enter_context(_patched(F, "scaled_dot_product_attention", attend))
+        yield
+
+
+@contextlib.contextmanager
+def assignments(tracer: Tracer) -> Iterator[None]:
+    """What `.data =` puts into a tensor is followed, and undone."""
     data: Any = Tensor.data
 
     def assign(x: Tensor, other: Tensor) -> None:
@@ -62,9 +72,6 @@ def escapes(tracer: Tracer) -> Iterator[None]:
     with _ALONE, contextlib.ExitStack() as patches:
         patches.callback(delattr, Tensor, "data")
         Tensor.data = property(data.__get__, assign)  # type: ignore[assignment]
-        for name in _WAYS_OUT:
-            patches.enter_context(_patched(Tensor, name, leave))
-        patches.enter_context(_patched(F, "scaled_dot_product_attention", attend))
         yield
 
 
