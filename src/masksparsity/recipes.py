@@ -48,8 +48,8 @@ def _cifar10(name: str, model: str, pruned_macs: float, weight_decay: float = 1e
         baseline=Phase(epochs=200, lr=0.1, warmup=5, weight_decay=weight_decay),
         sparsify=SparsifyConfig(epochs=0, lr=0.1, weight_decay=weight_decay),
         mask=MaskConfig(scores="taylor", per_cost=True, pruned_macs=pruned_macs),
-        mask_sparsify=MaskSparsifyConfig(epochs=60, lr=0.05, weight_decay=weight_decay),
-        finetune=Phase(epochs=140, lr=0.05, weight_decay=weight_decay),
+        mask_sparsify=MaskSparsifyConfig(epochs=60, lr=0.1, weight_decay=weight_decay),
+        finetune=Phase(epochs=140, lr=0.1, weight_decay=weight_decay),
         scratch=Phase(epochs=400, lr=0.1, warmup=5, weight_decay=weight_decay),
     )
 
