@@ -24,7 +24,7 @@ def test_prune_warns_while_what_it_removes_is_not_zero():
 
     for _ in range(3):
         step()
-    with pytest.warns(UserWarning, match=r"not zero \(up to .* in .*bn.*apply_mask"):
+    with pytest.warns(UserWarning, match="not zero: .*apply_mask"):
         ms.prune(model, graph, keep)
     step()
     with warnings.catch_warnings():

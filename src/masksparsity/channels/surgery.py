@@ -71,10 +71,10 @@ def prune(
     """
     made_up = graph.made_up and made_up_will_do(model)
     slim = remove(model, graph, keep, optimizer, absorb, made_up)
-    name, most = loudest(model, graph, keep)
-    if absorb is None and most > _ZERO:
+    if absorb is None and _loudest(model, graph, keep) > _ZERO:
+        # The same words each time, so that a script is told once.
         warnings.warn(
-            f"the removed channels are not zero (up to {most:.3g} in {name}): the slim network "
+            "the removed channels are not zero: the slim network "
             "computes what apply_mask(model, graph, keep) does, not what model does. Drive them to "
             "zero first, as ScheduledDecay does in the steps that it is given, or finetune",
             stacklevel=2,
@@ -85,20 +85,16 @@ def prune(
 _ZERO = 1e-6
 
 
-def loudest(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> tuple[str, float]:
-    """The largest magnitude of what has to be zero for removal to change nothing, and where."""
+def _loudest(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> float:
+    """The largest magnitude of what has to be zero for removal to change nothing."""
     tensors = dict(named_tensors(unwrap(model)))
     found = []
-    for name, axis in sorted(graph.exposed):
+    for name, axis in graph.exposed:
         gone = (~keep.slot(name, axis)).nonzero().squeeze(1)
-        if len(gone):
-            values = tensors[name].detach()
-            values = values.index_select(axis, gone.to(values.device))
-            found += [(name, values.abs().max())] if values.numel() else []
-    if not found:
-        return "", 0.0
-    sizes = torch.stack([size.float() for _, size in found])
-    return found[int(sizes.argmax())][0], float(sizes.max())
+        values = tensors[name].detach()
+        values = values.index_select(axis, gone.to(values.device))
+        found += [values.abs().max().float()] if values.numel() else []
+    return float(torch.stack(found).max()) if found else 0.0
 
 
 @torch.inference_mode(False)
