@@ -188,22 +188,13 @@ def budget(
     Raises:
         MaskSparsityError: if the budget cannot be met, saying how far one can get.
     """
-    costs: dict[str, tuple[float | None, Callable[[KeepMask], float] | None]] = {
+    costs: _Costs = {
         "macs": (pruned_macs, lambda mask: graph.cost(mask).macs),
         "params": (pruned_params, lambda mask: graph.cost(mask).params),
         "latency": (pruned_latency, latency),
     }
     ranking = _Ranking(graph, scores, **limits)
-    asked = {what: (share, cost) for what, (share, cost) in costs.items() if share is not None}
-    if len(asked) != 1:
-        raise MaskSparsityError(
-            "give one budget: pruned_macs, pruned_params, or pruned_latency with latency"
-        )
-    ((what, (share, cost)),) = asked.items()
-    if cost is None or share is None:
-        raise MaskSparsityError("pruned_latency needs latency=, a function that measures a mask")
-    measure = cost
-    _share(f"pruned_{what}", share)
+    what, share, measure = _asked(costs)
     dense = measure(KeepMask(graph))
     if per_cost and what == "latency":
         raise MaskSparsityError("per_cost: of MACs or parameters; latency moves in jumps")
@@ -222,6 +213,23 @@ def budget(
     )
     chosen = {f"pruned_{what}": share, **limits}
     return _from(kept, "budget", **chosen, **({"per_cost": True} if per_cost else {}))
+
+
+_Costs = dict[str, tuple[float | None, Callable[[KeepMask], float] | None]]
+
+
+def _asked(costs: _Costs) -> tuple[str, float, Callable[[KeepMask], float]]:
+    """The one cost of which a share is given."""
+    asked = {what: (share, cost) for what, (share, cost) in costs.items() if share is not None}
+    if len(asked) != 1:
+        raise MaskSparsityError(
+            "give one budget: pruned_macs, pruned_params, or pruned_latency with latency"
+        )
+    ((what, (share, cost)),) = asked.items()
+    if cost is None or share is None:
+        raise MaskSparsityError("pruned_latency needs latency=, a function that measures a mask")
+    _share(f"pruned_{what}", share)
+    return what, share, cost
 
 
 def _prices(ranking: _Ranking, measure: Callable[[KeepMask], float]) -> dict[str, float]:

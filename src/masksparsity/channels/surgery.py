@@ -18,7 +18,7 @@ from ..tracing.network import (
     made_up_will_do,
     named_tensors,
     tensors_in,
-    unchanged,
+    undisturbed,
     unwrap,
 )
 from . import constraints as limits
@@ -69,24 +69,22 @@ def prune(
             shape that is not its parameter's, or if the slim model cannot be proved to read the
             same channels as before. Nothing has changed then.
     """
-    made_up = graph.made_up and made_up_will_do(model)
-    slim = remove(model, graph, keep, optimizer, absorb, made_up)
-    if absorb is None and _loudest(model, graph, keep) > _ZERO:
-        # The same words each time, so that a script is told once.
-        warnings.warn(
-            "the removed channels are not zero: the slim network "
-            "computes what apply_mask(model, graph, keep) does, not what model does. Drive them to "
-            "zero first, as ScheduledDecay does in the steps that it is given, or finetune",
-            stacklevel=2,
-        )
+    slim = remove(model, graph, keep, optimizer, absorb)
+    if absorb is None and not is_silent(model, graph, keep):
+        warnings.warn(NOT_ZERO, stacklevel=2)
     return slim
 
 
+NOT_ZERO = (  # the same words each time, so that a script is told once
+    "the removed channels are not zero: the slim network computes what apply_mask(model, graph, "
+    "keep) does, not what model does. Drive them to zero first, as ScheduledDecay does in the "
+    "steps that it is given, or finetune"
+)
 _ZERO = 1e-6
 
 
-def _loudest(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> float:
-    """The largest magnitude of what has to be zero for removal to change nothing."""
+def is_silent(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> bool:
+    """Is all that makes the removed channels zero, so that removal changes nothing?"""
     tensors = dict(named_tensors(unwrap(model)))
     found = []
     for name, axis in graph.exposed:
@@ -94,7 +92,7 @@ def _loudest(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> float:
         values = tensors[name].detach()
         values = values.index_select(axis, gone.to(values.device))
         found += [values.abs().max().float()] if values.numel() else []
-    return float(torch.stack(found).max()) if found else 0.0
+    return not found or float(torch.stack(found).max()) <= _ZERO
 
 
 @torch.inference_mode(False)
@@ -106,8 +104,10 @@ def remove(
     absorb: Literal["exact", "bias"] | None = None,
     made_up: bool = False,
 ) -> nn.Module:
-    """`prune`; with `made_up`, the first proof computes no convolution."""
+    """`prune` without a word; with `made_up`, the first proof computes no convolution, wherever
+    the model is from."""
     graph.check(model, keep)
+    made_up = made_up or (graph.made_up and made_up_will_do(model))
     model = unwrap(model)
     for group, missed in zip(graph.groups, graph.branches.missed(keep.kept), strict=True):
         if missed:
@@ -126,7 +126,7 @@ def remove(
             kept_of.setdefault(name, []).append((axis, kept.nonzero().squeeze(1)))
     now = dict(named_tensors(model))
     slim = rebuild(model, {n: cut(now[n].detach(), axes) for n, axes in kept_of.items()})
-    with unchanged(model.modules()), evaluating(model.modules()):  # hooks may hold it
+    with undisturbed(model):
         _settle(model, slim, graph, keep, made_up)
     if optimizer is not None:
         _carry_over(optimizer, tensors, dict(named_tensors(slim)), kept_of)

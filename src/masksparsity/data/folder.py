@@ -10,7 +10,7 @@ import torch
 
 from masksparsity.data.config import DataConfig
 from masksparsity.data.decode import ImageFile, decode_all
-from masksparsity.data.imageset import Files, ImageSet, Pixels, Split, need_root
+from masksparsity.data.imageset import Files, ImageSet, Pixels, Split, existing_root
 from masksparsity.errors import MaskSparsityError
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -31,9 +31,7 @@ def folder(config: DataConfig) -> ImageSet:
         MaskSparsityError: no images in this layout, other classes in test than in training,
             images of different sizes without `image_size`, or an unreadable image.
     """
-    root = need_root("folder", config.root)
-    if not root.exists():
-        raise MaskSparsityError(f"--data.root {root}: there is no such file or directory")
+    root = existing_root("folder", config.root)
     splits: dict[str, Labelled] = defaultdict(list)
     for path, file in _archive(root) if root.is_file() else _directory(root):
         if place := _place(path):

@@ -104,6 +104,14 @@ class ImageSet:
     flip: bool = False
 
 
+def existing_root(name: str, root: Path | None) -> Path:
+    """`root`, which is there."""
+    root = need_root(name, root)
+    if not root.exists():
+        raise MaskSparsityError(f"--data.root {root}: there is no such file or directory")
+    return root
+
+
 def need_root(name: str, root: Path | None) -> Path:
     """`root`, or an error that says how to give it."""
     if root is None:

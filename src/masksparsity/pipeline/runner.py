@@ -72,13 +72,11 @@ def execute(work: Workspace, name: str, *, fresh: bool = False) -> dict[str, Any
 def _agrees(work: Workspace, name: str) -> bool:
     """Were the other stages there asked for what the config says now? A stage that starts from
     given files may stand among those of another run, whose config has to stay."""
-    others = [stage for stage in STAGES.values() if stage.name != name]
-    pairs = [(work.runs.asked(stage.name), work.asked(stage)) for stage in others]
-    return not any(
-        [*_unequal({**saved, "inputs": None}, {**now, "inputs": None})]
-        for saved, now in pairs
-        if saved
-    )
+    for stage in STAGES.values():
+        saved = work.runs.asked(stage.name) if stage.name != name else None
+        if saved and any(_unequal(saved, work.asked(stage) | {"inputs": saved["inputs"]})):
+            return False
+    return True
 
 
 def _refuse_differences(work: Workspace, stage: Stage, asked: dict[str, Any], fresh: bool) -> None:

@@ -1,6 +1,5 @@
 """The stages: each a function from its predecessor's files to files and a result of its own."""
 
-import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 import masksparsity as ms
 from masksparsity.channels.penalty import Penalty
+from masksparsity.channels.surgery import NOT_ZERO, is_silent, remove
 from masksparsity.pipeline.choices import choose_mask, create_penalty, read_mask
 from masksparsity.pipeline.rundir import FILES
 from masksparsity.pipeline.workspace import Stage, Workspace
@@ -70,6 +70,8 @@ def prune(work: Workspace, folder: Path) -> Result:
     keep = read_mask(work.file(STAGES["prune"], "mask"), graph)
     result, slim = _prune(work, model, graph, keep)
     _save(folder, slim)
+    if work.config.prune.absorb == "none" and not is_silent(model, graph, keep):
+        result["warnings"] = [NOT_ZERO]
     return result["after_removal"] | result
 
 
@@ -81,7 +83,6 @@ def one_shot(work: Workspace, folder: Path) -> Result:
     result, slim = _prune(work, model, graph, keep)
     _recalibrate(work, slim, work.config.one_shot.images)
     _save(folder, slim)
-    result["warnings"] = []  # that the channels are not zero is meant so
     return _save_mask(work, folder, keep) | measure(work, slim) | result
 
 
@@ -97,9 +98,7 @@ def scratch(work: Workspace, folder: Path) -> Result:
     keep = read_mask(work.file(STAGES["scratch"], "mask"), graph)
     # Slices of the dense network's random weights: their scale, which the dense widths set, does
     # not matter before a BatchNorm.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that its channels are not zero
-        slim = work.place(ms.prune(model, graph, keep))
+    slim = work.place(remove(model, graph, keep))
     return _train(work, folder, slim, work.config.scratch)
 
 
@@ -167,12 +166,9 @@ def _prune(
     work: Workspace, model: nn.Module, graph: ms.ChannelGraph, keep: ms.KeepMask
 ) -> tuple[Result, nn.Module]:
     before = measure(work, model)
-    how = work.config.prune.absorb
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        slim = work.place(ms.prune(model, graph, keep, absorb=None if how == "none" else how))
+    absorb = None if work.config.prune.absorb == "none" else work.config.prune.absorb
+    slim = work.place(remove(model, graph, keep, absorb=absorb))
     result = {
-        "warnings": [str(warning.message) for warning in caught],
         "before_removal": before,
         "after_removal": measure(work, slim),
         "latency_ms": {

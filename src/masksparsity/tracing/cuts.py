@@ -50,9 +50,14 @@ def permute(t: Tracer, x: Tensor, m: Labels, dims: Sequence[int]) -> None:
 
 def transpose(t: Tracer, x: Tensor, m: Labels, a: int, b: int) -> None:
     """Two axes that change places."""
-    order = list(range(x.ndim))
+    permute(t, x, m, swapped(x.ndim, a, b))
+
+
+def swapped(ndim: int, a: int, b: int) -> list[int]:
+    """The order of axes when two have changed places."""
+    order = list(range(ndim))
     order[a], order[b] = order[b], order[a]
-    permute(t, x, m, order)
+    return order
 
 
 def glu(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from .findings import aside, numbers
 from .memory import root
 from .network import (
     at_least_two,
@@ -27,7 +28,7 @@ from .network import (
 from .places import PLACING
 from .rules import SIZED
 from .standin import CONVOLUTION, stand_in
-from .tracer import Rule, Tracer, aside, numbers
+from .tracer import Rule, Tracer
 from .watch import Calls, assignments, escapes, inference_mode_off, module_stack
 
 

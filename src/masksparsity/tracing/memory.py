@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -73,18 +74,21 @@ class Memory:
         canvas = self.canvases.get(root(tensor)) if self.canvases else None
         return canvas is not None and canvas.ids is None
 
-    def is_zero(self, tensor: Tensor, ids: Tensor | None = None, written: bool = False) -> bool:
+    def is_zero(self, value: Any, ids: Tensor | None = None, written: bool = False) -> bool:
         """Is it zero, as forward made it, or was it, if it is written to by now? `ids` count on
         that: what is kept may be filled the next time. Without them, it has to be a number."""
-        if (tensor.ndim and ids is None) or not self.is_untouched(tensor):
+        if not isinstance(value, Tensor):
+            return bool(value == 0)
+        if (value.ndim and ids is None) or not self.is_untouched(value):
             return False
-        whole = root(tensor)
+        whole = root(value)
+        if not self.canvases[whole].zero or (not written and bool(value.any())):
+            return False
         if any(root(x) is whole for x in self.keeps()):  # it may be another one the next time
             return False
-        zero = self.canvases[whole].zero and (written or not bool(tensor.any()))
-        if zero and ids is not None:
+        if ids is not None:
             self.trusted.append((weakref.ref(whole), ids))
-        return zero
+        return True
 
     def written(self, outputs: Iterable[Tensor]) -> list[Tensor]:
         """After a forward: the ids of what it wrote to memory that it still keeps, and of what

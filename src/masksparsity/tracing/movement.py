@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from . import cuts
+from .findings import extents, numbers
 from .labels import Labels
 from .memory import root
-from .tracer import Rule, Tracer, extents, numbers
+from .tracer import Rule, Tracer
 
 
 def _same(x: Tensor, m: Labels, args: Any) -> Labels:
@@ -27,9 +28,7 @@ def _permute(x: Tensor, m: Labels, dims: Sequence[int]) -> Labels:
 
 
 def _transpose(x: Tensor, m: Labels, a: int, b: int) -> Labels:
-    order = list(range(x.ndim))
-    order[a], order[b] = order[b], order[a]
-    return _permute(x, m, order)
+    return _permute(x, m, cuts.swapped(x.ndim, a, b))
 
 
 def unsqueeze(x: Tensor, m: Labels, dim: int) -> Labels:
@@ -159,39 +158,56 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
         for k, result in enumerate(out if isinstance(out, (tuple, list)) else [out]):
             t.set(result, [m[k] if isinstance(m, list) else m for m in moved])
         channels = frozenset().union(*(m.axes for m in found))
-        if places := _places(move, x, channels, *rest, **named):
+        if move in _PLACES and (places := _PLACES[move](x, channels, *rest, **named)):
             t.record([m for m in found if bool(m.ids.all())], places)  # as far as they are known
 
     return apply
 
 
-def _places(
-    move: Callable[..., Any], x: Tensor, channels: frozenset[int], *rest: Any, **named: Any
+def _reordered(x: Tensor, channels: frozenset[int], order: Sequence[int]) -> Sequence[Any]:
+    others = [d for d in order if d not in channels and x.shape[d] > 1]
+    return [] if others == sorted(others) else others
+
+
+def _flipped(x: Tensor, channels: frozenset[int], dims: Sequence[int]) -> Sequence[Any]:
+    return [d % x.ndim for d in dims if d % x.ndim not in channels]
+
+
+def _rolled(
+    x: Tensor, channels: frozenset[int], shifts: Any, dims: Sequence[int] = ()
 ) -> Sequence[Any]:
-    """Where it goes along axes without channels, which might follow from a width."""
-    if move in (_permute, _transpose):
-        order = [*range(x.ndim)]
-        if move is _permute:
-            order = [d % x.ndim for d in rest[0]]
-        else:
-            order[rest[0]], order[rest[1]] = order[rest[1]], order[rest[0]]
-        others = [d for d in order if d not in channels and x.shape[d] > 1]
-        return [] if others == sorted(others) else others
-    if move is _flip:
-        return [d % x.ndim for d in rest[0] if d % x.ndim not in channels]
-    if move is _roll:
-        return [] if {d % x.ndim for d in (rest[1:] or [()])[0]} <= channels else [str(rest)]
-    dim = (*rest, named.get("dim", 0))[0]
-    if move not in (_slice, _select, _windows, _unbind, _index_select):
-        return []
-    if dim % x.ndim in channels:
-        return []
-    if move in (_unbind, _index_select):
-        return [dim % x.ndim]
-    if move is not _slice:
-        return [str(rest), str(named)]
-    start, stop, step = slice(*(*rest[1:], None, None)[:2], *rest[3:]).indices(x.shape[dim])
-    return [dim, start, step] if stop - start < x.shape[dim] or step > 1 else []
+    return [*shifts, *dims] if _flipped(x, channels, dims) else []
+
+
+def _at(x: Tensor, channels: frozenset[int], dim: int = 0, *how: Any) -> Sequence[Any]:
+    return [] if dim % x.ndim in channels else [dim % x.ndim, *numbers(how)]
+
+
+def _sliced(
+    x: Tensor,
+    channels: frozenset[int],
+    dim: int = 0,
+    start: Any = None,
+    end: Any = None,
+    step: int = 1,
+) -> Sequence[Any]:
+    start, end, step = slice(start, end, step).indices(x.shape[dim])
+    whole = end - start == x.shape[dim] and step == 1
+    return [] if whole else _at(x, channels, dim, start, step)
+
+
+_PLACES: dict[Any, Callable[..., Sequence[Any]]] = {
+    _permute: lambda x, c, dims: _reordered(x, c, [d % x.ndim for d in dims]),
+    _transpose: lambda x, c, a, b: _reordered(x, c, cuts.swapped(x.ndim, a, b)),
+    _flip: _flipped,
+    _roll: _rolled,
+    _slice: _sliced,
+    _select: _at,
+    _windows: _at,
+    _unbind: _at,
+    _index_select: _at,
+}
+"""Where a movement goes along the axes of x without channels: that might follow from a width."""
 
 
 def _all_alike(move: Callable[..., Any], x: Tensor, rest: Any) -> bool:

@@ -69,8 +69,15 @@ def shadow(model: nn.Module) -> Iterator[nn.Module]:
         copied = duplicate(model, {id(tensor): tensor for _, tensor in named_tensors(model)})
     except Exception:
         copied = model
-    with unchanged(model.modules()), evaluating(model.modules()):  # hooks may hold it
+    with undisturbed(model):
         yield copied
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """While copies of it run: their hooks may hold it."""
+    with unchanged(model.modules()), evaluating(model.modules()):
+        yield
 
 
 def kept_by(modules: Iterable[nn.Module]) -> list[Tensor]:

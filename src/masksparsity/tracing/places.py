@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .findings import aside
 from .labels import Labels
 from .pointwise import RULES as POINTWISE
 from .pointwise import varies
-from .tracer import Rule, Tracer, aside
+from .tracer import Rule, Tracer
 
 _Part = tuple[Any, Sequence[Labels]]
 """A tensor, or a number, and its labels as they lie along the axes of what it is laid into."""
@@ -35,8 +36,8 @@ class _Block(NamedTuple):
         return later if later >= self.places.stop else None
 
 
-def _block(indices: list[Tensor | None], ndim: int) -> _Block | None:
-    """None if the axes are not side by side. `ndim`: of x."""
+def _block(indices: list[Tensor | None]) -> _Block | None:
+    """None if the axes are not side by side."""
     places, axis = list[int](), 0
     for i in indices:
         width = i.ndim if i is not None and i.dtype in (torch.bool, torch.uint8) else 1
@@ -52,7 +53,7 @@ def _block(indices: list[Tensor | None], ndim: int) -> _Block | None:
 def index(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     """`x[:, i, j]`, or by a mask, along axes that hold no channels."""
     x, indices = args[:2]
-    found, block = t.labels(x), _block(indices, x.ndim)
+    found, block = t.labels(x), _block(indices)
     given = [i for i in indices if i is not None]
     chosen = [m for i in given for m in t.labels(i)]
     if any(i.dtype in (torch.bool, torch.uint8) for i in given):  # as long as it is true
@@ -81,7 +82,7 @@ def index(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool
 def index_put(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     """`x[:, i, j] = value`, and `x[x < 0] = 0`."""
     x, indices, value = args[:3]
-    mask, block = indices[0], _block(indices, x.ndim)
+    mask, block = indices[0], _block(indices)
     if len(indices) == 1 and mask.dtype == torch.bool and mask.shape == x.shape and not value.ndim:
         t.memory.overwrite(x)
         POINTWISE["masked_fill"](t, op, (x, mask, value), {}, out, inplace)
@@ -170,7 +171,9 @@ def _lay(
     t.expose(found)
     for m in found[1:]:
         t.unite(m.ids, ids)
-    clean = all(ms[0].clean if ms else _is_zero(t, y, ids, inplace and y is x) for y, ms in laid)
+    clean = all(
+        ms[0].clean if ms else t.memory.is_zero(y, ids, inplace and y is x) for y, ms in laid
+    )
     if inplace:
         t.memory.overwrite(x)
     t.set(out, [Labels(ids, axes, clean)], inplace)
@@ -187,10 +190,6 @@ def _alike(t: Tracer, y: Any, axes: frozenset[int], ndim: int) -> bool:
     if not isinstance(y, Tensor) or t.memory.is_blank(y):
         return True
     return not any(varies(y, a - ndim + y.ndim) for a in axes)
-
-
-def _is_zero(t: Tracer, y: Any, ids: Tensor, written: bool) -> bool:
-    return t.memory.is_zero(y, ids, written) if isinstance(y, Tensor) else y == 0
 
 
 RULES: dict[str, Rule] = {

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .findings import aside
 from .labels import Labels
-from .tracer import Rule, Tracer, aside
+from .tracer import Rule, Tracer
 
 
 def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:

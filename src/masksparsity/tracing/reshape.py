@@ -6,8 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from .cuts import rows
+from .findings import extents
 from .labels import Labels
-from .tracer import Rule, Tracer, extents
+from .tracer import Rule, Tracer
 
 
 def reshape(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:

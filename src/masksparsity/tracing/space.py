@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .findings import aside
 from .labels import Labels
-from .tracer import Rule, Tracer, aside
+from .tracer import Rule, Tracer
 
 RULES: dict[str, Rule] = {}
 

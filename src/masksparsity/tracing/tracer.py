@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .labels import ANONYMOUS, NOTHING, Cut, Labels, Norm, Product, Reason, Record, Slot
+from .findings import Findings
+from .labels import ANONYMOUS, NOTHING, Labels, Reason, Slot
 from .memory import Memory
 from .network import kept_by, tensors_in, tensors_of
 
@@ -27,7 +28,7 @@ Rule = Callable[["Tracer", str, Any, Any, Any, bool], None]
 """`rule(tracer, operation, args, kwargs, out, inplace)`, called after the operation ran."""
 
 
-class Tracer:
+class Tracer(Findings):
     """What is known of the labels of a model, and what rules may say of them.
 
     With `given` (slot -> ids) the labels of all parameters are known beforehand: nothing is united
@@ -41,9 +42,9 @@ class Tracer:
         given: dict[Slot, Tensor] | None = None,
         made_up: bool = False,
     ):
+        super().__init__(given is not None)
         self.rules = rules
         self.made_up = made_up  # convolutions give ones: where channels go, values seldom decide
-        self.mattered = False  # but here they did
         self.modules = dict(model.named_modules())
         self.tensors = dict(tensors_of(self.modules.items()))
         kinds = [(n, t) for n, t in self.tensors.items() if type(t) is not Tensor]  # soon told
@@ -51,12 +52,8 @@ class Tracer:
         self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         self.names = {id(tensor): name for name, tensor in self.tensors.items()}
         self.paths = {id(module): name for name, module in self.modules.items()}
-        self.operation = ""
-        self.numbers: tuple[Any, ...] = ()  # among its arguments, not recorded yet
-        self.stack: list[str] = [""]
         self.failed: str | None = None  # the module whose forward raised
         self.fault: tuple[Exception | None, list[Tensor]] = (None, [])
-        self.given = given is not None
         self.slots: dict[Slot, Tensor] = dict(given or {})
         self._placed: dict[tuple[int, int, int], Tensor] = {}
         self.flats: dict[int, Tensor] = {}
@@ -68,32 +65,9 @@ class Tracer:
         maps = fresh.view(1, -1, 1, 1).split(lengths, 1)  # as images have them
         for flat, ids in zip(self.fresh.values(), maps, strict=True):
             self._place(flat, ids, 1)
-        self.edges: list[tuple[Tensor, Tensor]] = []
-        self.pins: list[tuple[Tensor, Reason]] = []
-        self.records: list[Record] = []
-        self.products: list[Product] = []
-        self.norms: dict[str, Norm] = {}
-        self.behind: dict[str, str] = {}  # weight -> running mean of the norm that reads it
-        self.producers: set[Slot] = set()  # must be zero for a channel to be zero
-        self.exposed: set[Slot] = set()  # producers that something other than a norm reads
-        self.consumers: set[Slot] = set()  # axes that a product sums over
-        self.swallowed: list[Tensor] = []  # summed over by what has no weights
-        self.cuts: list[Cut] = []
-        self.left: list[tuple[Tensor, Reason]] = []  # values that left PyTorch during the proof
-        self.touched: set[str] = set()  # names of the tensors that took part
-        self.foreign = False  # parameters that are not the model's took part, too
-        self.trained = 0  # forwards in train mode
-        self.doubled = False  # of two examples, where there was one
-        self.decided = False  # values came to Python, which may have chosen its way by them
-        self.spoilt: dict[Slot, Reason] = {}
         self.token = object()
         self.memory = Memory(self.names, lambda: kept_by(self.modules.values()))
         self._own: dict[str, tuple[Labels, ...]] = {}
-
-    @property
-    def module(self) -> str:
-        """Path of the module whose forward runs."""
-        return self.stack[-1]
 
     def labels(self, tensor: Tensor) -> tuple[Labels, ...]:
         """The labels of a tensor; a parameter's are handed out at its first use."""
@@ -178,37 +152,6 @@ class Tracer:
                 else:
                     self.pin(self.labels(now), _WRITTEN)
         self.stack[-1] = ""
-
-    def cut(self, whole: Tensor, pieces: Iterable[Tensor], numbers: Iterable[int] = ()) -> None:
-        """Channels fall into pieces, whose lengths the code takes from somewhere."""
-        if not self.given:
-            self.cuts.append(Cut(self.operation, self.module, whole, (*pieces,), (*numbers,)))
-
-    def unite(self, a: Tensor, b: Tensor) -> None:
-        """The channels that meet element by element live and die together."""
-        if a is not b and not self.given:
-            self.edges.append((a, b))
-
-    def pin(self, labels: Iterable[Labels] | Tensor, why: str) -> None:
-        """Protect channels."""
-        found = [labels] if isinstance(labels, Tensor) else [m.ids for m in labels]
-        if found and not self.given:
-            reason = Reason(why, self.operation, self.module)
-            self.pins += [(ids, reason) for ids in found]
-
-    def expose(self, labels: Iterable[Labels]) -> None:
-        """Something other than a norm reads these: they are zero only if their producers are."""
-        for m in labels:
-            if m.sources:
-                self.exposed |= m.sources
-                self.producers |= m.sources
-
-    def record(self, labels: Iterable[Labels], scalars: Iterable[Any] = ()) -> None:
-        """What an operation reads, and its numbers: the proof compares it."""
-        labels, scalars, self.numbers = tuple(labels), (*scalars, *self.numbers), ()
-        ids = tuple([m.ids for m in labels])
-        shapes = tuple([m.ids.shape if len(m.axes) > 1 else None for m in labels])
-        self.records.append(Record(self.operation, self.stack[-1], ids, scalars, shapes))
 
     def read(
         self, tensor: Tensor, axis: int, elsewhere: str | None = None
@@ -344,24 +287,3 @@ class Tracer:
         """The parameters that no operation used."""
         used = self.touched | self._own.keys()
         return tuple([n for n in self.parameters if n not in used])
-
-
-def numbers(args: Iterable[Any]) -> tuple[Any, ...]:
-    """Python's numbers and words among the arguments of an operation: they may follow from a width,
-    and then change with it. Sizes, which come in lists, follow by right."""
-    return tuple([a for a in args if isinstance(a, (int, float, complex, str))])
-
-
-def aside(out: Tensor, labels: Iterable[Labels]) -> list[int]:
-    """The lengths of the axes along which no channels lie, but of the batch and those that
-    broadcast. `labels`: of what is broadcast to `out`."""
-    channels = {a - m.ids.ndim for m in labels for a in m.axes}
-    return [n for a, n in enumerate(out.shape[1:], 1 - out.ndim) if n > 1 and a not in channels]
-
-
-def extents(x: Tensor) -> list[int]:
-    """The lengths of the axes; of those along which a tensor was expanded 1, as it has one value
-    there."""
-    if x.layout != torch.strided:
-        return [*x.shape]
-    return [n if stride else 1 for n, stride in zip(x.shape, x.stride(), strict=True)]

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from . import pointwise
+from .findings import numbers
 from .labels import ANONYMOUS, Labels
 from .memory import Canvas, root
-from .tracer import Rule, Tracer, numbers
+from .tracer import Rule, Tracer
 
 _EMPTY = -1  # no channel was written here
 
@@ -144,7 +145,7 @@ def blank(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -
 
 def filled(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
     """Noise or one value, written over what was there."""
-    zero = op == "zero" or (op == "fill" and _is_zero(t, args[1]))
+    zero = op == "zero" or (op == "fill" and t.memory.is_zero(args[1]))
     found = t.labels(out)
     by = [m for a in args[1:] if isinstance(a, Tensor) for m in t.labels(a)]
     if inplace and zero and found and id(out) not in t.names:  # its zeros stay zero
@@ -154,10 +155,6 @@ def filled(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) 
         t.memory.make(out, zero)
     else:
         t.unknown(args, kwargs, out)
-
-
-def _is_zero(t: Tracer, value: Any) -> bool:
-    return t.memory.is_zero(value) if isinstance(value, Tensor) else value == 0
 
 
 BLANK = """empty empty_like new_empty empty_strided zeros zeros_like new_zeros ones ones_like

@@ -1,0 +1,98 @@
+"""What a trace finds: the groups, their costs and the proof are made of it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .labels import Cut, Labels, Norm, Product, Reason, Record, Slot
+
+
+class Findings:
+    """What operations have told so far, and which one runs now, in which module.
+
+    If the labels are `given`, nothing is united or protected, and only the records count.
+    """
+
+    def __init__(self, given: bool):
+        self.given = given
+        self.operation = ""
+        self.numbers: tuple[Any, ...] = ()  # among its arguments, not recorded yet
+        self.stack: list[str] = [""]
+        self.edges: list[tuple[Tensor, Tensor]] = []
+        self.pins: list[tuple[Tensor, Reason]] = []
+        self.records: list[Record] = []
+        self.products: list[Product] = []
+        self.norms: dict[str, Norm] = {}
+        self.behind: dict[str, str] = {}  # weight -> running mean of the norm that reads it
+        self.producers: set[Slot] = set()  # must be zero for a channel to be zero
+        self.exposed: set[Slot] = set()  # producers that something other than a norm reads
+        self.consumers: set[Slot] = set()  # axes that a product sums over
+        self.swallowed: list[Tensor] = []  # summed over by what has no weights
+        self.cuts: list[Cut] = []
+        self.left: list[tuple[Tensor, Reason]] = []  # values that left PyTorch during the proof
+        self.touched: set[str] = set()  # names of the tensors that took part
+        self.foreign = False  # parameters that are not the model's took part, too
+        self.trained = 0  # forwards in train mode
+        self.doubled = False  # of two examples, where there was one
+        self.decided = False  # values came to Python, which may have chosen its way by them
+        self.spoilt: dict[Slot, Reason] = {}
+        self.mattered = False  # values did, where they were made up
+
+    @property
+    def module(self) -> str:
+        """Path of the module whose forward runs."""
+        return self.stack[-1]
+
+    def unite(self, a: Tensor, b: Tensor) -> None:
+        """The channels that meet element by element live and die together."""
+        if a is not b and not self.given:
+            self.edges.append((a, b))
+
+    def pin(self, labels: Iterable[Labels] | Tensor, why: str) -> None:
+        """Protect channels."""
+        found = [labels] if isinstance(labels, Tensor) else [m.ids for m in labels]
+        if found and not self.given:
+            reason = Reason(why, self.operation, self.module)
+            self.pins += [(ids, reason) for ids in found]
+
+    def cut(self, whole: Tensor, pieces: Iterable[Tensor], numbers: Iterable[int] = ()) -> None:
+        """Channels fall into pieces, whose lengths the code takes from somewhere."""
+        if not self.given:
+            self.cuts.append(Cut(self.operation, self.module, whole, (*pieces,), (*numbers,)))
+
+    def expose(self, labels: Iterable[Labels]) -> None:
+        """Something other than a norm reads these: they are zero only if their producers are."""
+        for m in labels:
+            if m.sources:
+                self.exposed |= m.sources
+                self.producers |= m.sources
+
+    def record(self, labels: Iterable[Labels], scalars: Iterable[Any] = ()) -> None:
+        """What an operation reads, and its numbers: the proof compares it."""
+        labels, scalars, self.numbers = tuple(labels), (*scalars, *self.numbers), ()
+        ids = tuple([m.ids for m in labels])
+        shapes = tuple([m.ids.shape if len(m.axes) > 1 else None for m in labels])
+        self.records.append(Record(self.operation, self.stack[-1], ids, scalars, shapes))
+
+
+def numbers(args: Iterable[Any]) -> tuple[Any, ...]:
+    """Python's numbers and words among the arguments of an operation: they may follow from a width,
+    and then change with it. Sizes, which come in lists, follow by right."""
+    return tuple([a for a in args if isinstance(a, (int, float, complex, str))])
+
+
+def aside(out: Tensor, labels: Iterable[Labels]) -> list[int]:
+    """The lengths of the axes along which no channels lie, but of the batch and those that
+    broadcast. `labels`: of what is broadcast to `out`."""
+    channels = {a - m.ids.ndim for m in labels for a in m.axes}
+    return [n for a, n in enumerate(out.shape[1:], 1 - out.ndim) if n > 1 and a not in channels]
+
+
+def extents(x: Tensor) -> list[int]:
+    """The lengths of the axes; of those along which a tensor was expanded 1, as it has one value
+    there."""
+    if x.layout != torch.strided:
+        return [*x.shape]
+    return [n if stride else 1 for n, stride in zip(x.shape, x.stride(), strict=True)]
