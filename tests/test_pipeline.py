@@ -20,7 +20,7 @@ from masksparsity.errors import MaskSparsityError, RunFailure
 from masksparsity.pipeline import Config, Workspace, execute, results, run
 from masksparsity.pipeline.choices import choose_mask
 from masksparsity.pipeline.config import MaskConfig
-from masksparsity.recipes import RECIPES, digits_resnet20
+from masksparsity.recipes import digits_resnet20
 
 STAGES = ("train", "sparsify", "mask", "mask-sparsify", "prune", "finetune")
 
@@ -332,35 +332,6 @@ def test_a_model_for_other_data_says_which_flag(
     config = tiny()
     with pytest.raises(MaskSparsityError, match=message):
         run(Workspace(replace(config, model=replace(config.model, **section)), tmp_path))
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_survive_json(name: str, tmp_path: Path) -> None:
-    config = RECIPES[name]()
-    assert config.recipe == name
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(config.as_json()))
-    assert Config.read(path) == config
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        ({"sede": 1}, "no setting is called sede"),
-        ({"seed": "one"}, "seed cannot be 'one'"),
-        ({"baseline": {"epochs": 3}}, "baseline.*lr"),
-        ({"baseline": {"epochs": -3, "lr": 0.1}}, "negative"),
-        ({"device": "tpu"}, "device cannot be 'tpu'"),
-        ({"mask": {"ignore": [1]}}, "mask.ignore cannot be 1"),
-        ({"finetune": None}, "finetune cannot be None"),
-    ],
-)
-def test_an_edited_config_is_checked(edit: dict[str, Any], message: str, tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(tiny().as_json() | edit))
-    with pytest.raises(MaskSparsityError, match=message) as error:
-        Config.read(path)
-    assert str(path) in str(error.value)
 
 
 def test_a_mask_that_cannot_be_had_is_refused_before_any_training(tmp_path: Path) -> None:

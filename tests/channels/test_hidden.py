@@ -11,27 +11,9 @@ from torchvision.ops import FrozenBatchNorm2d, deform_conv2d
 
 import masksparsity as ms
 
+from .middle import Middle, exact, row
 from .networks import calibrated, random_mask
 from .test_exact import TOLERANCE, _distance
-
-
-class Middle(nn.Module):
-    """conv -> an operation with modules and parameters of its own -> conv."""
-
-    def __init__(self, operation, **own):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 4, 1)
-        for name, value in own.items():
-            setattr(self, name, nn.Parameter(value) if isinstance(value, Tensor) else value)
-        self.operation = operation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.operation(self, self.a(x))).mean((2, 3))
-
-
-def row(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
-
 
 PARAMETERS = {
     "bias by view": lambda: Middle(lambda s, x: x + s.p.view(1, -1, 1, 1), p=row(8)),
@@ -75,11 +57,7 @@ def test_parameters_on_their_way_are_producers(name):
     x = torch.randn(2, 3, 6, 6, dtype=torch.double)
     model = calibrated(PARAMETERS[name](), x)
     graph = ms.trace(model, x)
-    for seed in range(3):
-        keep = random_mask(graph, seed)
-        with torch.no_grad():
-            masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
-            assert _distance(masked(x), slim(x)) <= TOLERANCE
+    exact(model, x, graph)
     assert ms.scores.norm(model, graph).keys() <= {g.name for g in graph.prunable}
     assert name.startswith("write") or graph.prunable
 
@@ -110,7 +88,7 @@ def test_what_is_computed_beside_a_weight_may_not_vanish(name):
     graph = ms.trace(model, x)
     (read,) = (g for g in graph.groups if ("b.weight", 1) in g.slots)
     assert "zero does not stay zero" in str(read.reason)
-    _exact(model, x, graph)
+    exact(model, x, graph)
 
 
 @dataclass
@@ -199,59 +177,6 @@ def test_absorption_where_a_weight_is_used_both_ways():
         assert _distance(ms.apply_mask(model, graph, keep)(x), slim(x)) <= TOLERANCE
 
 
-class Literal(nn.Module):
-    """Two convolutions, and a size that is written down in the way to the classifier."""
-
-    def __init__(self, operation, features: int):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 24, 3)
-        self.inter, self.fc, self.out = 24, nn.Linear(features, 12), nn.Linear(12, 2)
-        self.operation = operation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.relu(self.fc(self.operation(self, F.relu(self.b(F.relu(self.a(x))))))))
-
-
-LITERALS = {
-    "view": (lambda s, x: x.view(-1, 24 * 16), 24 * 16),
-    "reshape": (lambda s, x: x.reshape(len(x), 24, -1).mean(2), 24),
-    "unflatten": (lambda s, x: x.unflatten(1, (24, 1)).flatten(2).mean(2), 24),
-    "assert": (lambda s, x: _checked(x).mean((2, 3)), 24),
-}
-
-
-def _checked(x: Tensor) -> Tensor:
-    if x.shape[1] != 24:
-        raise TypeError("24 channels, please")
-    return x
-
-
-def _exact(model: nn.Module, x: Tensor, graph: ms.ChannelGraph, seeds: int = 3) -> None:
-    for seed in range(seeds):
-        keep = random_mask(graph, seed)
-        with torch.no_grad():
-            masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
-            assert _distance(masked(x), slim(x)) <= TOLERANCE
-
-
-@pytest.mark.parametrize("name", LITERALS)
-def test_a_literal_size_protects_only_what_it_is_the_size_of(name):
-    model = Literal(*LITERALS[name]).double()
-    x = torch.randn(2, 3, 8, 8, dtype=torch.double)
-    graph = ms.trace(model, x)
-    assert [g.name for g in graph.prunable] == ["a", "fc"]
-    assert "does not follow other widths" in str(graph.by_name["b"].reason)
-    _exact(model, x, graph)
-
-
-def test_a_size_in_an_attribute_follows():
-    model = Literal(lambda s, x: x.view(len(x), s.inter, -1).mean(2), 24).double()
-    x = torch.randn(2, 3, 8, 8, dtype=torch.double)
-    graph = ms.trace(model, x)
-    assert [g.name for g in graph.prunable] == ["a", "b", "fc"]
-    _exact(model, x, graph)
-
-
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_what_is_scripted_keeps_its_width():
     def bottleneck() -> nn.Module:
@@ -322,7 +247,7 @@ def test_recurrent_layers_read_channels_and_keep_their_units(name, dtype):
     model(x)
     graph = ms.trace(model.to(dtype), x.to(dtype))
     assert {"a", "b"} == {g.name for g in graph.prunable}
-    _exact(model.double(), x.double(), graph)
+    exact(model.double(), x.double(), graph)
     slim = ms.prune(model, graph, random_mask(graph, 1))
     assert slim.r.input_size < 16
     assert slim.r.hidden_size == 5
@@ -384,7 +309,7 @@ def test_nothing_is_protected_needlessly(name):
     model = calibrated(WHOLE[name](), x)
     graph = ms.trace(model, x)
     assert any(("a.weight", 0) in g.slots for g in graph.prunable)
-    _exact(model, x, graph)
+    exact(model, x, graph)
 
 
 def test_a_report_tells_what_was_not_used():

@@ -12,8 +12,8 @@ import masksparsity as ms
 from masksparsity.channels import analysis
 from masksparsity.tracing import forward, standin
 
+from .middle import Middle
 from .networks import networks
-from .test_hidden import Middle
 
 
 def summary(graph: ms.ChannelGraph) -> list:

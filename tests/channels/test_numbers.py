@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .middle import row
 from .test_exact import attempt
-from .test_hidden import row
 from .test_writing import written
 
 SQUARE, LINE = row(8, 8, 3, 3), row(8, 8)

@@ -4,11 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import masksparsity as ms
-
-from .networks import calibrated, random_mask
-from .test_exact import TOLERANCE, _distance, attempt
-from .test_hidden import Middle, row
+from .middle import Middle, bound_and_exact, free_and_exact, row
 from .test_writing import AT, written
 
 MASK = row(6, 6) > 0
@@ -42,17 +38,7 @@ FREE = {
 
 @pytest.mark.parametrize("name", FREE)
 def test_channels_pass(name):
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 6, 6, dtype=torch.double)
-    model = calibrated(Middle(FREE[name]), x)
-    graph = ms.trace(model, x)
-    assert [g.size for g in graph.prunable] == [8], graph
-    for seed in range(3):
-        keep = random_mask(graph, seed)
-        with torch.no_grad():
-            masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
-            assert masked(x).abs().max() > 0
-            assert _distance(masked(x), slim(x)) <= TOLERANCE
+    free_and_exact(FREE[name])
 
 
 def seen(s: Middle, x: Tensor) -> Tensor:
@@ -124,9 +110,4 @@ BOUND = {
 @pytest.mark.filterwarnings("ignore:The reduce argument")
 @pytest.mark.parametrize("name", BOUND)
 def test_what_is_put_otherwise_is_exact_or_refused(name):
-    for seed in range(4):
-        torch.manual_seed(seed)
-        outcome, distance = attempt(Middle(BOUND[name], memory=None), seed, empty=0.0)
-        assert outcome != "wrong", distance
-    x = torch.randn(2, 3, 6, 6)
-    assert sum(g.size for g in ms.trace(Middle(BOUND[name], memory=None), x).prunable) < 8
+    bound_and_exact(BOUND[name])

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import masksparsity as ms
 
+from .middle import Middle, row
 from .networks import random_mask
 from .test_exact import TOLERANCE, _distance
-from .test_hidden import Middle, row
 
 
 class Cached(nn.Module):

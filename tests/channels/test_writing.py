@@ -7,11 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import masksparsity as ms
-
-from .networks import calibrated, random_mask
-from .test_exact import TOLERANCE, _distance, attempt
-from .test_hidden import Middle, row
+from .middle import bound_and_exact, free_and_exact, row
+from .test_exact import attempt
 
 
 def written(out: Tensor, *pairs: tuple) -> Tensor:
@@ -65,17 +62,7 @@ FREE = {
 
 @pytest.mark.parametrize("name", FREE)
 def test_channels_are_followed_into_memory_and_stay_free(name):
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 6, 6, dtype=torch.double)
-    model = calibrated(Middle(FREE[name], n=nn.BatchNorm2d(8)), x)
-    graph = ms.trace(model, x)
-    assert [g.size for g in graph.prunable] == [8], graph
-    for seed in range(3):
-        keep = random_mask(graph, seed)
-        with torch.no_grad():
-            masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
-            assert masked(x).abs().max() > 0
-            assert _distance(masked(x), slim(x)) <= TOLERANCE
+    free_and_exact(FREE[name], n=nn.BatchNorm2d(8))
 
 
 def held(s: nn.Module, x: Tensor) -> Tensor:
@@ -209,12 +196,7 @@ BOUND = {
 
 @pytest.mark.parametrize("name", BOUND)
 def test_what_is_not_known_of_memory_is_exact_or_refused(name):
-    for seed in range(4):
-        torch.manual_seed(seed)
-        outcome, distance = attempt(Middle(BOUND[name], memory=None), seed, empty=0.0)
-        assert outcome != "wrong", distance
-    x = torch.randn(2, 3, 6, 6)
-    assert sum(g.size for g in ms.trace(Middle(BOUND[name], memory=None), x).prunable) < 8
+    bound_and_exact(BOUND[name])
 
 
 class Program(nn.Module):

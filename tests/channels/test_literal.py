@@ -1,0 +1,55 @@
+"""Lengths that code has written down."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import masksparsity as ms
+
+from .middle import exact
+
+
+class Literal(nn.Module):
+    """Two convolutions, and a size that is written down in the way to the classifier."""
+
+    def __init__(self, operation, features: int):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 24, 3)
+        self.inter, self.fc, self.out = 24, nn.Linear(features, 12), nn.Linear(12, 2)
+        self.operation = operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.relu(self.fc(self.operation(self, F.relu(self.b(F.relu(self.a(x))))))))
+
+
+LITERALS = {
+    "view": (lambda s, x: x.view(-1, 24 * 16), 24 * 16),
+    "reshape": (lambda s, x: x.reshape(len(x), 24, -1).mean(2), 24),
+    "unflatten": (lambda s, x: x.unflatten(1, (24, 1)).flatten(2).mean(2), 24),
+    "assert": (lambda s, x: _checked(x).mean((2, 3)), 24),
+}
+
+
+def _checked(x: Tensor) -> Tensor:
+    if x.shape[1] != 24:
+        raise TypeError("24 channels, please")
+    return x
+
+
+@pytest.mark.parametrize("name", LITERALS)
+def test_a_literal_size_protects_only_what_it_is_the_size_of(name):
+    model = Literal(*LITERALS[name]).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.double)
+    graph = ms.trace(model, x)
+    assert [g.name for g in graph.prunable] == ["a", "fc"]
+    assert "does not follow other widths" in str(graph.by_name["b"].reason)
+    exact(model, x, graph)
+
+
+def test_a_size_in_an_attribute_follows():
+    model = Literal(lambda s, x: x.view(len(x), s.inter, -1).mean(2), 24).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.double)
+    graph = ms.trace(model, x)
+    assert [g.name for g in graph.prunable] == ["a", "b", "fc"]
+    exact(model, x, graph)
