@@ -5,8 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .middle import row
-from .test_exact import attempt
+import masksparsity as ms
+
+from .middle import Middle, row
+from .test_exact import _distance, attempt
 from .test_writing import written
 
 SQUARE, LINE = row(8, 8, 3, 3), row(8, 8)
@@ -91,3 +93,15 @@ def test_a_number_that_follows_from_a_width_is_never_wrong(name):
         torch.manual_seed(seed)
         outcome, distance = attempt(Placed(NUMBERS[name]), seed, empty=0.0)
         assert outcome != "wrong", distance
+
+
+@pytest.mark.parametrize("inner", [0, 1, 4])
+def test_one_channel_left_before_a_gate(inner):
+    gate = nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1))
+    model = Middle(lambda s, x: x * s.g(x.mean((2, 3), keepdim=True)).sigmoid(), g=gate).eval()
+    x = torch.randn(2, 3, 6, 6)
+    graph = ms.trace(model, x)
+    keep = ms.KeepMask(graph, {"a": torch.arange(8) == 5, "g.0": torch.arange(4) < inner})
+    with torch.no_grad():
+        masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
+        assert _distance(masked(x), slim(x)) <= 1e-6
