@@ -19,7 +19,8 @@ them out as their authors do, s : m : f = 100 : 100 : 40, at the rates of sparsi
     at-once    ours with all masked channels decaying at once instead of in turn (ablation)
 
 Last epoch everywhere. Goes on from what is complete under --runs; flags after the recipe go to its
-config. Writes results/RECIPE-table.txt and .json.
+config. With --at-once N that many trainings share the GPU (turns.py). Writes
+results/RECIPE-table.txt and .json.
 """
 
 import argparse
@@ -28,11 +29,13 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tyro
 from safetensors.torch import load_file
+from turns import Turns
 
 import masksparsity as ms
 from masksparsity.files import atomic
@@ -55,9 +58,12 @@ HEADING = (
 class Arms:
     """All arms of one seed. Each is a function that returns its row of the table."""
 
-    def __init__(self, config: Config, out: Path):
+    def __init__(self, config: Config, out: Path, turns: Turns | None = None):
         self.config, self.out = config, out
         self.base = Workspace(config, out / "base")
+        if turns:
+            data = self.base.data
+            self.base.data = replace(data, train=turns.share(data.training()))
         for stage in ("train", "sparsify", "mask"):
             execute(self.base, stage)
         self.dense = out / "base/train/model.safetensors"
@@ -224,6 +230,8 @@ ARMS: dict[str, Callable[[Arms], Row]] = {
     "at-once": Arms.at_once,
 }
 
+SHARES = {"l1-mask": "published", "uniform-mask": "uniform"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -233,19 +241,36 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/table"))
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--name", help="of the results' files; the recipe's if not given")
+    parser.add_argument("--at-once", type=int, default=1, help="trainings that share the GPU")
     args, flags = parser.parse_known_args()
     config = tyro.cli(Config, default=recipe(args.recipe), args=flags)
     table: dict[str, dict[int, Row]] = {arm: {} for arm in args.arms}
-    target = args.results / f"{args.name or args.recipe}-table"
+    name = args.name or args.recipe
+    target = args.results / f"{name}-table"
     command = " ".join(["python benchmarks/paper_table.py", *sys.argv[1:]])
-    for seed in range(args.seeds):
-        arms = Arms(replace(config, seed=seed), args.runs / f"{args.name or args.recipe}-{seed}")
-        for arm in args.arms:
-            table[arm][seed] = ARMS[arm](arms)
-            where = origin(arms.base.device) | {"command": command}
+    turns = Turns(args.at_once)
+    every: dict[int, Arms] = {}
+
+    def begin(seed: int) -> None:
+        every[seed] = Arms(replace(config, seed=seed), args.runs / f"{name}-{seed}", turns)
+
+    def do(seed: int, arms: list[str]) -> None:
+        for arm in arms:
+            row = ARMS[arm](every[seed])
+            table[arm] = dict(sorted({**table[arm], seed: row}.items()))
+            where = origin(every[seed].base.device) | {"command": command}
             atomic.write(target.with_suffix(".txt"), text(table, where).encode())
             atomic.write_json(target.with_suffix(".json"), {**where, "arms": table})
-    print(text(table, where))
+
+    # Arms that share files go one after the other.
+    chains: dict[str, list[str]] = {}
+    for arm in args.arms:
+        chains.setdefault(SHARES.get(arm, arm), []).append(arm)
+    for first in range(0, args.seeds, args.at_once):
+        seeds = range(first, min(first + args.at_once, args.seeds))
+        turns.run([partial(begin, seed) for seed in seeds])
+        turns.run([partial(do, seed, arms) for seed in seeds for arms in chains.values()])
+    print(target.with_suffix(".txt").read_text(), end="")
 
 
 def text(table: dict[str, dict[int, Row]], where: Row) -> str:

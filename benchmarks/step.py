@@ -4,11 +4,12 @@ Claim: ResNet-20 on two CPU threads trains at least 2.3 times as fast as the pla
 NCHW, DataLoader and torchvision's transforms image by image, SGD that is not fused, loss and errors
 read in every step. Steps include their data; the sides take turns. `slim` is what a mask of half
 the MACs leaves. Operations are those of one step: on CUDA what the device does (kernels, copies)
-and, in brackets, what the host launches; on the CPU calls of ATen. The images are random unless
---data.root names a folder of CIFAR-10.
+and, in brackets, what the host launches; on the CPU calls of ATen. With --at-once N, on a GPU, N
+captured trainings share it (turns.py), and their images/s are added up. The images are random
+unless --data.root names a folder of CIFAR-10.
 
     python benchmarks/step.py --threads 2 --out results/step.json              # CPU: an hour
-    python benchmarks/step.py --steps 200 --workers 8 --out results/step-gpu.json
+    python benchmarks/step.py --steps 50 --workers 12 --at-once 2 4 8 --out results/step-gpu.json
 """
 
 import argparse
@@ -16,7 +17,9 @@ import copy
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -29,18 +32,20 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+from turns import Turns
 
 import masksparsity as ms
 from masksparsity.data.cifar import cifar
 from masksparsity.data.config import DataConfig
 from masksparsity.data.imageset import Pixels
-from masksparsity.data.loader import Normalize, Plan
+from masksparsity.data.loader import Loader, Normalize, Plan
 from masksparsity.data.resident import ResidentLoader
 from masksparsity.train.config import Phase, TrainConfig
 from masksparsity.train.graph import WARM_UP
 from masksparsity.train.step import Step, create_optimizer
 
 BAR = 2.3
+MODES = ["eager", "compile", "graph"]
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 PHASE = Phase(epochs=1, lr=0.01)
 # Estimates for an H200, images/s: by the bytes that the dense network moves, and by its chain of
@@ -101,15 +106,23 @@ def plain(model: nn.Module, pixels: Pixels, options: argparse.Namespace) -> Side
             yield
 
 
-def ours(model: nn.Module, pixels: Pixels, options: argparse.Namespace, mode: str) -> Side:
+def ours(
+    model: nn.Module,
+    pixels: Pixels,
+    options: argparse.Namespace,
+    mode: str,
+    turns: Turns | None = None,
+) -> Side:
     """The inside of `masksparsity.train.loop.fit`."""
     device = torch.device(options.device)
     model.to(device, memory_format=torch.channels_last).train()
-    loader = ResidentLoader(
+    loader: Loader = ResidentLoader(
         pixels.images, pixels.labels,
         Plan(images=len(pixels.labels), batch_size=options.batch, train=True),
         Normalize(MEAN, STD, 32, device), crop_padding=4, flip=True,
     )  # fmt: skip
+    if turns:
+        loader = turns.share(loader)
     config = TrainConfig(step=mode)  # type: ignore[arg-type]
     step = Step(model, create_optimizer(model, PHASE), config)
     steps = count(1)
@@ -132,6 +145,24 @@ def turn(side: Side, steps: int, device: str, clock: Clock = time.perf_counter) 
     if device == "cuda":
         torch.cuda.synchronize()
     return (clock() - begin) / steps
+
+
+def together(
+    model: nn.Module, pixels: Pixels, options: argparse.Namespace, width: int
+) -> list[float]:
+    """Seconds per batch, turn by turn, of `width` captured trainings at once."""
+    turns = Turns(width)
+    sides = [ours(copy.deepcopy(model), pixels, options, "graph", turns) for _ in range(width)]
+
+    def seconds() -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        turns.run([partial(deque, islice(side, options.steps), 0) for side in sides])
+        torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / options.steps / width
+
+    seconds()  # warm-up and capture
+    return [seconds() for _ in range(options.turns)]
 
 
 def operations(side: Side, device: str) -> tuple[int, int | None]:
@@ -188,16 +219,17 @@ def load(root: Path | None, images: int) -> Pixels:
     )
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
-    every = ["eager", "compile", "graph"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(H200))
-    parser.add_argument("--modes", nargs="+", choices=every, help="all that the device has")
+    parser.add_argument("--variants", nargs="+", default=["dense", "slim"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="all that the device has")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20, help="per turn")
     parser.add_argument("--turns", type=int, default=9, help="of each side")
+    parser.add_argument("--at-once", type=int, nargs="*", default=[], help="trainings on one GPU")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=0, help="of the plain loop's DataLoader")
     parser.add_argument("--images", type=int, default=10_000)
@@ -205,11 +237,15 @@ def main() -> int:
     parser.add_argument("--cpu-time", action="store_true",
                         help="of this process: for one thread, on a busy machine")  # fmt: skip
     parser.add_argument("--out", type=Path, help="write the table here, too")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.deterministic = True  # as in our pipeline; the plain loop sets its own
     device = options.device
-    modes = options.modes or every[: 3 if device == "cuda" else 2]
+    modes = options.modes or MODES[: 3 if device == "cuda" else 2]
     facts = about("torchvision", device=device)
     facts |= {"data": str(options.root or f"{options.images} random images, seed 0"),
               "n": f"{options.turns} turns of {options.steps} steps of {options.batch} images; "
@@ -217,11 +253,13 @@ def main() -> int:
     clock = time.process_time if options.cpu_time else time.perf_counter
     facts["clock"] = "CPU time" if options.cpu_time else "wall time"
     tell(facts)
-    print(f"{'network':17}{'side':9}{'images/s':>10}{'ms/step':>10}{'operations':>13}"
+    print(f"{'network':17}{'side':9}{'images/s':>10}{'ms/batch':>10}{'operations':>13}"
           f"{'GFLOP/s':>9}{'of limit':>9}   times the plain loop")  # fmt: skip
     pixels = load(options.root, options.images)
     rows, missed = [], []
     for name, variant, model, macs, dense_macs in networks(options.models):
+        if variant not in options.variants:
+            continue
         sides = {"plain": plain(copy.deepcopy(model), pixels, options)}
         for mode in modes:
             sides[mode] = ours(copy.deepcopy(model), pixels, options, mode)
@@ -232,27 +270,30 @@ def main() -> int:
         for _ in range(options.turns):
             for key, side in sides.items():
                 times[key].append(turn(side, options.steps, device, clock))
-        for key in sides:
+        for width in options.at_once:
+            times[f"graph x{width}"] = together(model, pixels, options, width)
+        for key in times:
             seconds = statistics.median(times[key])
             low, ratio, high = quartiles(
                 [theirs / own for theirs, own in zip(times["plain"], times[key], strict=True)]
             )
             speed = options.batch / seconds
             top = limit(name, options.batch, macs / dense_macs) if device == "cuda" else None
+            number, launches = done.get(key, (None, None))
             rows.append({
                 "network": name, "variant": variant, "macs": macs, "side": key,
                 "images_per_second": speed, "ms_per_step": 1e3 * seconds,
                 "turns_ms_per_step": [1e3 * t for t in times[key]],
-                "operations": done[key][0], "launches": done[key][1],
+                "operations": number, "launches": launches,
                 "gflops": 6e-9 * macs * speed,  # backward is twice forward; a MAC is two FLOP
                 "share_of_limit": speed / top if top else None,
                 "ratio": ratio, "ratio_quartiles": [low, high],
             })  # fmt: skip
-            launches = "" if done[key][1] is None else f" ({done[key][1]})"
+            told = f"{number or '-'}" + (f" ({launches})" if launches is not None else "")
             share = f"{speed / top:9.1%}" if top else f"{'-':>9}"
-            print(f"{name + ' ' + variant:17}{key:9}{speed:10.0f}{1e3 * seconds:10.2f}"
-                  f"{f'{done[key][0]}{launches}':>13}{rows[-1]['gflops']:9.1f}{share}"
-                  f"{ratio:9.2f} [{low:.2f}, {high:.2f}]", flush=True)  # fmt: skip
+            print(f"{name + ' ' + variant:17}{key:9}{speed:10.0f}{1e3 * seconds:10.2f}{told:>13}"
+                  f"{rows[-1]['gflops']:9.1f}{share}{ratio:9.2f} [{low:.2f}, {high:.2f}]",
+                  flush=True)  # fmt: skip
             bar = device == "cpu" and (name, variant, key) == ("resnet20", "dense", "eager")
             if bar and ratio < BAR:
                 missed.append(f"{name} {variant} {key}: {ratio:.2f} < {BAR}")

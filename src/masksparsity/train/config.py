@@ -20,9 +20,9 @@ class TrainConfig:
     label_smoothing: float = 0.0
     """Share of the target that goes to the other classes."""
     step: Literal["auto", "eager", "compile", "graph"] = "auto"
-    """How a step runs: as written, compiled, or captured as one CUDA graph; auto captures on a
-    single GPU. Compiled rounds otherwise; on CPUs it pays for slim networks, whose odd widths are
-    slow as written."""
+    """How a step runs: as written, compiled (and on a single GPU captured), or captured as one CUDA
+    graph; auto captures on a single GPU. Compiled rounds otherwise; on CPUs it pays for slim
+    networks, whose odd widths are slow as written."""
     log_every: int = 50
     """Steps between two looks at the loss, each of which waits for the device."""
 

@@ -1,5 +1,6 @@
 """A step as one CUDA graph: one launch in the place of hundreds of small ones."""
 
+import gc
 from collections.abc import Callable
 from functools import partial
 
@@ -32,6 +33,7 @@ class CaptureStream:
         Raises:
             MaskSparsityError: it reads the device from the host, or else cannot be captured.
         """
+        gc.collect()  # an earlier stage's graph is not to be freed in the middle of this one
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: threads that pin batches of a loader meanwhile break no capture.

@@ -26,17 +26,20 @@ def create_optimizer(model: nn.Module, phase: Phase) -> torch.optim.SGD:
     )
 
 
+def capturable(device: torch.device) -> bool:
+    """Can a step be captured? Collectives between processes stay outside of captures."""
+    return device.type == "cuda" and dist.size() == 1
+
+
 def step_mode(asked: str, device: torch.device) -> str:
     """`asked`, or what it stands for on `device` if it is "auto".
 
     Raises:
         MaskSparsityError: that is not possible here.
     """
-    # Collectives between processes stay outside of captures.
-    capturable = device.type == "cuda" and dist.size() == 1
     if asked == "auto":
-        return "graph" if capturable else "eager"
-    if asked == "graph" and not capturable:
+        return "graph" if capturable(device) else "eager"
+    if asked == "graph" and not capturable(device):
         raise MaskSparsityError(
             "--train.step graph needs a GPU, and one process alone: use auto, eager or compile"
         )
@@ -65,13 +68,13 @@ class Step:
         self.shape: torch.Size | None = None
         self.eager: Callable[[Tensor, Tensor], None] = partial(self._train, model)
         self.usual: Callable[[Tensor, Tensor], None] = self.eager
-        match step_mode(config.step, self.device):
-            case "compile":
-                # What earlier stages compiled counts towards the limit of recompilations.
-                torch.compiler.reset()
-                self.usual = partial(self._train, torch.compile(model, dynamic=False))
-            case "graph":
-                self.usual = Captured(self.eager, CaptureStream())
+        mode = step_mode(config.step, self.device)
+        if mode == "compile":
+            # What earlier stages compiled counts towards the limit of recompilations.
+            torch.compiler.reset()
+            self.usual = partial(self._train, torch.compile(model, dynamic=False))
+        if mode != "eager" and capturable(self.device):
+            self.usual = Captured(self.usual, CaptureStream())
         if self.device.type == "cuda":
             # A captured step can only read the rate from the device; eagerly it is rounded alike.
             for group in optimizer.param_groups:
