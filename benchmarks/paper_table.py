@@ -19,13 +19,14 @@ them out as their authors do, s : m : f = 100 : 100 : 40, at the rates of sparsi
     at-once    ours with all masked channels decaying at once instead of in turn (ablation)
 
 Last epoch everywhere. Goes on from what is complete under --runs; flags after the recipe go to its
-config. With --at-once N that many trainings share the GPU (turns.py). Writes
-results/RECIPE-table.txt and .json.
+config. With --at-once N that many trainings of a process share the GPU (turns.py), and with
+--processes N that many processes share out the seeds. Writes results/RECIPE-table.txt and .json.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -47,6 +48,8 @@ from masksparsity.recipes import recipe
 from masksparsity.train.config import Phase
 
 Row = dict[str, Any]
+Table = dict[str, dict[str, Row]]  # arm -> seed -> row
+Write = Callable[[Row, Table], None]
 BY_SCALE: Row = {"scores": "scale", "per_cost": False}  # the order of the scales, as published
 ACCURACIES = ("before_removal_accuracy", "after_removal_accuracy", "finetuned_accuracy")
 HEADING = (
@@ -237,43 +240,87 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", nargs="?", default="digits-resnet20")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=1, help="from one seed to the next")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--runs", type=Path, default=Path("runs/table"))
     parser.add_argument("--results", type=Path, default=Path("results"))
     parser.add_argument("--name", help="of the results' files; the recipe's if not given")
     parser.add_argument("--at-once", type=int, default=1, help="trainings that share the GPU")
+    parser.add_argument("--processes", type=int, default=1, help="that share out the seeds")
     args, flags = parser.parse_known_args()
-    config = tyro.cli(Config, default=recipe(args.recipe), args=flags)
-    table: dict[str, dict[int, Row]] = {arm: {} for arm in args.arms}
-    name = args.name or args.recipe
-    target = args.results / f"{name}-table"
+    args.name = args.name or args.recipe
+    args.results.mkdir(parents=True, exist_ok=True)
+    target = args.results / f"{args.name}-table.json"
+    seeds = range(args.first_seed, args.first_seed + args.seeds * args.every, args.every)
     command = " ".join(["python benchmarks/paper_table.py", *sys.argv[1:]])
-    turns = Turns(args.at_once)
-    every: dict[int, Arms] = {}
 
-    def begin(seed: int) -> None:
-        every[seed] = Arms(replace(config, seed=seed), args.runs / f"{name}-{seed}", turns)
+    def write(where: Row, table: Table) -> None:
+        where = where | {"command": command}
+        atomic.write(target.with_suffix(".txt"), text(table, where).encode())
+        atomic.write_json(target, {**where, "arms": table})
 
-    def do(seed: int, arms: list[str]) -> None:
-        for arm in arms:
-            row = ARMS[arm](every[seed])
-            table[arm] = dict(sorted({**table[arm], seed: row}.items()))
-            where = origin(every[seed].base.device) | {"command": command}
-            atomic.write(target.with_suffix(".txt"), text(table, where).encode())
-            atomic.write_json(target.with_suffix(".json"), {**where, "arms": table})
+    if args.processes > 1:
+        in_processes(args, seeds, write)
+    else:
+        config = tyro.cli(Config, default=recipe(args.recipe), args=flags)
+        in_turns(args, config, seeds, write)
+    print(target.with_suffix(".txt").read_text(), end="")
 
+
+def in_turns(args: argparse.Namespace, config: Config, seeds: Sequence[int], write: Write) -> None:
+    """Fill the table, and write it after each row."""
     # Arms that share files go one after the other.
     chains: dict[str, list[str]] = {}
     for arm in args.arms:
         chains.setdefault(SHARES.get(arm, arm), []).append(arm)
-    for first in range(0, args.seeds, args.at_once):
-        seeds = range(first, min(first + args.at_once, args.seeds))
-        turns.run([partial(begin, seed) for seed in seeds])
-        turns.run([partial(do, seed, arms) for seed in seeds for arms in chains.values()])
-    print(target.with_suffix(".txt").read_text(), end="")
+    turns = Turns(args.at_once)
+    every: dict[int, Arms] = {}
+    table: Table = {arm: {} for arm in args.arms}
+
+    def begin(seed: int) -> None:
+        every[seed] = Arms(replace(config, seed=seed), args.runs / f"{args.name}-{seed}", turns)
+
+    def fill(seed: int, arms: list[str]) -> None:
+        for arm in arms:
+            row = ARMS[arm](every[seed])
+            table[arm] = dict(sorted({**table[arm], str(seed): row}.items()))
+            write(origin(every[seed].base.device), table)
+
+    for first in range(0, len(seeds), args.at_once):
+        some = seeds[first : first + args.at_once]
+        turns.run([partial(begin, seed) for seed in some])
+        turns.run([partial(fill, seed, arms) for seed in some for arms in chains.values()])
 
 
-def text(table: dict[str, dict[int, Row]], where: Row) -> str:
+def in_processes(args: argparse.Namespace, seeds: Sequence[int], write: Write) -> None:
+    """The same, the seeds shared out to processes: where the host is slow, or has many cores."""
+    shares = [seeds[k :: args.processes] for k in range(min(args.processes, len(seeds)))]
+    outs = [args.runs / f"{args.name}-process-{share[0]}" for share in shares]
+    running = [
+        subprocess.Popen([
+            sys.executable, *sys.argv, "--processes", "1", "--results", out, "--name", args.name,
+            "--first-seed", str(share[0]), "--seeds", str(len(share)), "--every", str(share.step),
+        ])
+        for share, out in zip(shares, outs, strict=True)
+    ]  # fmt: skip
+    failed = sum(process.wait() != 0 for process in running)
+    found = [
+        json.loads(path.read_text())
+        for out in outs
+        if (path := out / f"{args.name}-table.json").exists()
+    ]
+    if found:
+        table: Table = {}
+        for arm in args.arms:
+            rows = [item for one in found for item in one["arms"][arm].items()]
+            table[arm] = dict(sorted(rows))
+        write({key: value for key, value in found[0].items() if key != "arms"}, table)
+    if failed:
+        sys.exit(f"{failed} of {len(running)} processes failed; start again to go on")
+
+
+def text(table: Table, where: Row) -> str:
     """The table as people read it: accuracies in %, mean ± standard deviation over seeds."""
     ours = table.get("ours", {})
     lines = [line(HEADING), *(line(cells(a, r, ours)) for a, r in table.items() if r)]
