@@ -49,6 +49,17 @@ def test_the_file_computes_what_the_model_does_at_any_batch(
     torch.testing.assert_close(run(path, batch), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="exports from a GPU: needs one")
+def test_a_file_from_a_gpu_is_for_the_cpu(tmp_path: Path) -> None:
+    model, path = ms.models.create("resnet20").cuda(), tmp_path / "dense.pt2"
+    ms.export(model, torch.randn(1, 3, 32, 32, device="cuda"), path)
+    assert next(model.parameters()).is_cuda
+    x = torch.randn(5, 3, 32, 32)
+    with torch.no_grad():
+        expected = model.cpu().eval()(x)
+    torch.testing.assert_close(run(path, x), expected, rtol=1e-3, atol=1e-4)
+
+
 def run(path: Path, x: Tensor) -> Tensor:
     if path.suffix == ".pt2":
         return torch.export.load(path).module()(x)

@@ -12,7 +12,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import MaskSparsityError
 from .files import atomic
-from .tracing.network import arguments, batch_size, evaluating, unwrap
+from .tracing.network import (
+    arguments,
+    batch_size,
+    duplicate,
+    evaluating,
+    named_tensors,
+    unwrap,
+)
 
 Inputs = tuple[tuple, dict]
 Run = Callable[[Inputs], list[Tensor]]
@@ -25,7 +32,8 @@ _COARSE = 2e-2  # half precisions
 def export(model: nn.Module, example_inputs: Any, path: str | Path) -> None:
     """Write `model` in eval mode as ONNX (`.onnx`) or as a torch.export program (`.pt2`).
 
-    The first axis of the inputs may have any length in the file. What the file computes is compared
+    The first axis of the inputs may have any length in the file, and the network lies on the CPU
+    there, wherever it was trained (`torch.export.passes.move_to_device_pass` moves a program). What the file computes is compared
     with the model on the example and on a longer batch before it is written; for ONNX this needs
     onnxruntime, and a warning says so where that is not installed.
 
@@ -42,7 +50,7 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path) -> None:
             f"{path}: no format for {path.suffix or 'a name without suffix'}; "
             f"end it in {' or '.join(_FORMATS)}"
         )
-    model, example = unwrap(model), arguments(example_inputs)
+    model, example = _on_cpu(unwrap(model), arguments(example_inputs))
     # Traced on two examples or more: a length of one would be taken for a constant.
     traced = _longer(example)
     with evaluating(model.modules()), torch.no_grad(), warnings.catch_warnings():
@@ -116,6 +124,13 @@ _FORMATS: dict[str, Callable[[nn.Module, Inputs], tuple[bytes, Run | None]]] = {
     ".onnx": _onnx,
     ".pt2": _pt2,
 }
+
+
+def _on_cpu(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
+    """Kernels of a GPU would limit the batch, and sum in another order than the file's reader."""
+    if any(tensor.device.type != "cpu" for _, tensor in named_tensors(model)):
+        model = duplicate(model).cpu()
+    return model, tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, inputs)
 
 
 def _shapes(inputs: Inputs) -> Any:
