@@ -65,4 +65,3 @@ def test_timings(script: ModuleType, tmp_path: Path) -> None:
     assert "| resnet50 | Proximal | 2.000 [1.000, 3.000] | 1.20 |" in made
     assert "| resnet56 | 8 | 1 | 15 | 50.0% | 2.00 | 1.00 | 2.00 |" in made
     assert made.count("own bar: x.") == 4
-    assert "Open" not in made
