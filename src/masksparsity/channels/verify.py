@@ -3,7 +3,8 @@ removed ones.
 
 The slim model replays the user's Python with other sizes. A strided slice, a shuffle, a chunk or a
 literal size may then pick other channels without any error of shape. So it is traced again with the
-original channel numbers as labels, and every operation that consumes channels is compared.
+original channel numbers as labels, and every operation that consumes channels is compared: the
+channels, its numbers, and how its tensors were made.
 """
 
 import math
@@ -157,6 +158,8 @@ def _compare(
                 refuse("it would put channels into other places")
         if now.scalars != dense.scalars:
             refuse(f"a number changes with the width: {dense.scalars} -> {now.scalars}")
+        if now.origins != dense.origins:
+            refuse("it would read another tensor than before")
     if len(replayed) > len(records):
         extra = replayed[len(records)]
         why = "the slim model takes another way here"

@@ -19,6 +19,7 @@ class Findings:
         self.given = given
         self.operation = ""
         self.numbers: tuple[Any, ...] = ()  # among its arguments, not recorded yet
+        self.origins: tuple[int, ...] = ()  # of its arguments
         self.stack: list[str] = [""]
         self.edges: list[tuple[Tensor, Tensor]] = []
         self.pins: list[tuple[Tensor, Reason]] = []
@@ -74,7 +75,9 @@ class Findings:
         labels, scalars, self.numbers = tuple(labels), (*scalars, *self.numbers), ()
         ids = tuple([m.ids for m in labels])
         shapes = tuple([m.ids.shape if len(m.axes) > 1 else None for m in labels])
-        self.records.append(Record(self.operation, self.stack[-1], ids, scalars, shapes))
+        self.records.append(
+            Record(self.operation, self.stack[-1], ids, scalars, shapes, self.origins)
+        )
 
 
 def numbers(args: Iterable[Any]) -> tuple[Any, ...]:

@@ -59,6 +59,9 @@ class Operations(TorchDispatchMode):
             tracer.blame(error, (args, kwargs))
             raise
         tracer.operation = operation
+        if tracer.sources:
+            tracer.origins = tracer.sources.of(tensors_in((args, kwargs)))
+            tracer.sources.follow(operation, tracer.origins, args, out)
         tracer.numbers = () if operation in SIZED else numbers((*args, *kwargs.values()))
         if rule is None:
             tracer.unknown(given, kwargs, out)
@@ -121,6 +124,9 @@ def run(
     take another way next time?"""
     tracer.decided = False
     tracer.memory.kept = kept_by(tracer.modules.values())
+    if tracer.sources:
+        tracer.sources.give(tracer.memory.kept, "kept")
+        tracer.sources.give(tensors_in((args, kwargs)), "input")
     with contextlib.ExitStack() as stack, unchanged(tracer.modules.values()):
         stack.callback(tracer.memory.restore)
         with (
@@ -146,10 +152,12 @@ def run(
     for ids in kept:
         tracer.pin(ids, "kept until the next forward")
     found = [m for t in tensors_in(out) for m in tracer.labels(t)]
+    if tracer.sources:
+        tracer.origins = tracer.sources.of(tensors_in(out))
     tracer.record(found, [n for x in tensors_in(out) for n in aside(x, tracer.labels(x))])
     tracer.expose(found)
     tracer.pin(found, "model output")
-    for tensor in (*tensors_in(out), *tracer.memory.kept):
+    for tensor in (*tensors_in((out, args, kwargs)), *tracer.memory.kept):
         tracer.forget(tensor)
     return random
 
