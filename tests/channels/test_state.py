@@ -152,6 +152,21 @@ def test_what_forward_writes_to_tensors_of_its_own_is_undone():
     assert torch.equal(random.get_state(), torch.Generator().manual_seed(5).get_state())
 
 
+def test_what_forward_says_of_its_parameters_is_undone():
+    def say(s: nn.Module, x: Tensor) -> Tensor:
+        s.a.weight.requires_grad_(False)
+        s.a.weight.seen = x.shape
+        s.b.bias.grad = torch.zeros_like(s.b.bias)
+        return x * s.b.weight.detach().view(4, 8).mean(0)[:, None, None]
+
+    model, x = Middle(say), torch.randn(2, 3, 4, 4)
+    graph = ms.trace(model, x)
+    ms.apply_mask(model, graph, random_mask(graph, 0))
+    ms.prune(model, graph, random_mask(graph, 0))
+    assert all(p.requires_grad and p.grad is None and not vars(p) for p in model.parameters())
+    assert not vars(x)
+
+
 def test_what_forward_keeps_in_objects_is_undone_and_starts_anew_in_a_copy():
     def write(s: nn.Module, x: Tensor) -> Tensor:
         s.seen.count += 1

@@ -280,9 +280,19 @@ def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
     values, containers = _values_of(modules, _FIXED)
     inner = [(v, v.copy()) for v in containers if not isinstance(v, tuple)]
     drawn = [(x, x.get_state()) for x in values if isinstance(x, torch.Generator)]
+    leaves = [x for x in values if isinstance(x, Tensor) and x.is_leaf]
+    told = [(x, x.requires_grad, x.grad, vars(x).copy()) for x in leaves]
     try:
         yield
     finally:
+        for x, learns, grad, attributes in told:
+            if x.requires_grad is not learns:
+                x.requires_grad_(learns)
+            if x.grad is not grad:
+                x.grad = grad
+            if vars(x):
+                vars(x).clear()
+                vars(x).update(attributes)
         for generator, begun in drawn:
             generator.set_state(begun)
         for state, before in kept:
