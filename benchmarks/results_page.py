@@ -201,7 +201,8 @@ def step(r: Found) -> dict[str, str]:
     return {
         "network": f"{r['network']} {r['variant']}", "side": r["side"],
         "images/s": f"{r['images_per_second']:.0f}", "ms/step": f"{r['ms_per_step']:.2f}",
-        "operations (launches)": f"{r['operations'] or '-'}{launches}", "GFLOP/s": f"{r['gflops']:.1f}",
+        "operations (launches)": f"{r['operations'] or '-'}{launches}",
+        "GFLOP/s": f"{r['gflops']:.1f}",
         "of limit": "-" if share is None else f"{share:.1%}",
         "times the plain loop": quartiles(r["ratio"], r["ratio_quartiles"], 2),
     }  # fmt: skip
@@ -269,8 +270,8 @@ SECTIONS: tuple[tuple[str, str, Callable[[Path], str], str], ...] = (
     ),
     (
         "A training step, against the loop that most CIFAR code has", "step*.json", timed(step),
-        "`slim` is what a mask of half the MACs leaves. `graph x6` is six captured trainings on one "
-        "GPU at once, their images/s added up. Medians.\n",
+        "`slim` is what a mask of half the MACs leaves. `graph x6` is six captured trainings on "
+        "one GPU at once, their images/s added up. Medians.\n",
     ),
     (
         "Trace, mask and prune, against Torch-Pruning", "graph*.json", timed(graph),

@@ -219,6 +219,27 @@ def load(root: Path | None, images: int) -> Pixels:
     )
 
 
+def measure(
+    model: nn.Module, pixels: Pixels, options: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[str, tuple[int, int | None]]]:
+    """Of each side: seconds per batch, turn by turn, and the operations of a step."""
+    device = options.device
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    sides = {"plain": plain(copy.deepcopy(model), pixels, options)}
+    for mode in options.modes or MODES[: 3 if device == "cuda" else 2]:
+        sides[mode] = ours(copy.deepcopy(model), pixels, options, mode)
+    for side in sides.values():
+        turn(side, WARM_UP + 2, device)
+    done = {key: operations(side, device) for key, side in sides.items()}
+    times: dict[str, list[float]] = {key: [] for key in sides}
+    for _ in range(options.turns):
+        for key, side in sides.items():
+            times[key].append(turn(side, options.steps, device, clock))
+    for width in options.at_once:
+        times[f"graph x{width}"] = together(model, pixels, options, width)
+    return times, done
+
+
 def arguments() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -245,12 +266,10 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.deterministic = True  # as in our pipeline; the plain loop sets its own
     device = options.device
-    modes = options.modes or MODES[: 3 if device == "cuda" else 2]
     facts = about("torchvision", device=device)
     facts |= {"data": str(options.root or f"{options.images} random images, seed 0"),
               "n": f"{options.turns} turns of {options.steps} steps of {options.batch} images; "
               "median [quartiles]"}  # fmt: skip
-    clock = time.process_time if options.cpu_time else time.perf_counter
     facts["clock"] = "CPU time" if options.cpu_time else "wall time"
     tell(facts)
     print(f"{'network':17}{'side':9}{'images/s':>10}{'ms/batch':>10}{'operations':>13}"
@@ -260,30 +279,19 @@ def main() -> int:
     for name, variant, model, macs, dense_macs in networks(options.models):
         if variant not in options.variants:
             continue
-        sides = {"plain": plain(copy.deepcopy(model), pixels, options)}
-        for mode in modes:
-            sides[mode] = ours(copy.deepcopy(model), pixels, options, mode)
-        for side in sides.values():
-            turn(side, WARM_UP + 2, device)
-        done = {key: operations(side, device) for key, side in sides.items()}
-        times: dict[str, list[float]] = {key: [] for key in sides}
-        for _ in range(options.turns):
-            for key, side in sides.items():
-                times[key].append(turn(side, options.steps, device, clock))
-        for width in options.at_once:
-            times[f"graph x{width}"] = together(model, pixels, options, width)
-        for key in times:
-            seconds = statistics.median(times[key])
+        times, done = measure(model, pixels, options)
+        top = limit(name, options.batch, macs / dense_macs) if device == "cuda" else None
+        for side, turns in times.items():
+            seconds = statistics.median(turns)
             low, ratio, high = quartiles(
-                [theirs / own for theirs, own in zip(times["plain"], times[key], strict=True)]
+                [theirs / own for theirs, own in zip(times["plain"], turns, strict=True)]
             )
             speed = options.batch / seconds
-            top = limit(name, options.batch, macs / dense_macs) if device == "cuda" else None
-            number, launches = done.get(key, (None, None))
+            number, launches = done.get(side, (None, None))
             rows.append({
-                "network": name, "variant": variant, "macs": macs, "side": key,
+                "network": name, "variant": variant, "macs": macs, "side": side,
                 "images_per_second": speed, "ms_per_step": 1e3 * seconds,
-                "turns_ms_per_step": [1e3 * t for t in times[key]],
+                "turns_ms_per_step": [1e3 * t for t in turns],
                 "operations": number, "launches": launches,
                 "gflops": 6e-9 * macs * speed,  # backward is twice forward; a MAC is two FLOP
                 "share_of_limit": speed / top if top else None,
@@ -291,12 +299,12 @@ def main() -> int:
             })  # fmt: skip
             told = f"{number or '-'}" + (f" ({launches})" if launches is not None else "")
             share = f"{speed / top:9.1%}" if top else f"{'-':>9}"
-            print(f"{name + ' ' + variant:17}{key:9}{speed:10.0f}{1e3 * seconds:10.2f}{told:>13}"
+            print(f"{name + ' ' + variant:17}{side:9}{speed:10.0f}{1e3 * seconds:10.2f}{told:>13}"
                   f"{rows[-1]['gflops']:9.1f}{share}{ratio:9.2f} [{low:.2f}, {high:.2f}]",
                   flush=True)  # fmt: skip
-            bar = device == "cpu" and (name, variant, key) == ("resnet20", "dense", "eager")
+            bar = device == "cpu" and (name, variant, side) == ("resnet20", "dense", "eager")
             if bar and ratio < BAR:
-                missed.append(f"{name} {variant} {key}: {ratio:.2f} < {BAR}")
+                missed.append(f"{name} {variant} {side}: {ratio:.2f} < {BAR}")
     return finish(facts, rows, missed, options.out)
 
 
