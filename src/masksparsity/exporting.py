@@ -33,9 +33,9 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path) -> None:
     """Write `model` in eval mode as ONNX (`.onnx`) or as a torch.export program (`.pt2`).
 
     The first axis of the inputs may have any length in the file, and the network lies on the CPU
-    there, wherever it was trained (`torch.export.passes.move_to_device_pass` moves a program). What the file computes is compared
-    with the model on the example and on a longer batch before it is written; for ONNX this needs
-    onnxruntime, and a warning says so where that is not installed.
+    there, wherever it was trained (`torch.export.passes.move_to_device_pass` moves a program). What
+    the file computes is compared with the model on the example and on a longer batch before it is
+    written; for ONNX this needs onnxruntime, and a warning says so where that is not installed.
 
     Args:
         example_inputs: a tensor, a tuple or list of inputs, or a dict of keyword inputs.

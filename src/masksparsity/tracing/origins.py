@@ -15,9 +15,11 @@ from .network import tensors_in
 
 ORIGIN = "_masksparsity_origin"
 MOVES = frozenset(
-    "clone contiguous _to_copy to detach alias permute transpose t unsqueeze squeeze expand slice "
-    "select view _unsafe_view reshape _reshape_alias flatten unflatten".split()
-)
+    {
+        "alias", "clone", "detach", "expand", "permute", "select", "slice", "squeeze", "t",
+        "transpose", "unsqueeze", "view", "_reshape_alias", "_to_copy", "_unsafe_view",
+    }
+)  # fmt: skip
 """What of these matters for values is recorded as numbers."""
 
 
