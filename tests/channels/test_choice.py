@@ -36,6 +36,13 @@ class Ends(nn.Module):
         return self.ends(x, h, self.b(h).mean((2, 3)))
 
 
+def _written(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two copies, one of them doubled here and there."""
+    copies = x.clone(), x.clone()
+    copies[1][:, :, ::2].mul_(2)
+    return copies
+
+
 CHOICES = {
     "a piece": lambda s, x: width(x, *x.chunk(2, 3)),
     "a sum or a difference": lambda s, x: width(x, x + x.relu(), x - x.relu()),
@@ -47,11 +54,21 @@ CHOICES = {
     "order of cat": lambda s, x: torch.cat(width(x, [x, x.relu()], [x.relu(), x]), 2)[:, :, ::2],
     "a dtype": lambda s, x: x.to(width(x, torch.float16, torch.double)).to(x.dtype),
     "written in place": lambda s, x: width(x, x.relu(), x.clone().mul_(2)),
+    "written through a view": lambda s, x: width(x, *_written(x)),
+    "multiples": lambda s, x: width(x, x * 2, x * 3),
+    "slices": lambda s, x: width(x, x[:, :, :4], x[:, :, 4:]),
+    "laid out": lambda s, x: width(x, x, x.mT),
+    "before a layer that does nothing": lambda s, x: s.nothing(width(x, x.relu(), x.abs())),
+    "values": lambda s, x: x * width(x, *map(torch.tensor, ([1.0, 2.0] * 4, [2.0, 1.0] * 4))),
+    "many values": lambda s, x: x * torch.tensor(width(x, MANY, MANY[::-1])).view(-1, 8)[:8],
 }
+MANY = [float(n) for n in range(80)]
 ENDS = {
     "order": lambda x, h, y: width(h, (y, y.relu()), (y.relu(), y)),
     "of inputs": lambda x, h, y: (y, width(h, x[:, :1], x[:, :1] * 2)),
     "in a dict": lambda x, h, y: {"y": width(h, y, y.relu())},
+    "names": lambda x, h, y: dict(zip(width(h, "pq", "qp"), (y, y.relu()), strict=True)),
+    "a number": lambda x, h, y: (y, torch.as_tensor(0.0) + width(h, 1, 2)),
 }
 
 
@@ -60,7 +77,8 @@ def _net(name: str) -> nn.Module:
         return Ends(ENDS[name])
     table = [row(8), row(8).flip(0)]
     within = nn.Sequential(nn.Identity(), Twice())
-    return Middle(CHOICES[name], pick=Pick(), within=within, table=table)
+    own = {"pick": Pick(), "within": within, "nothing": nn.Identity(), "table": table}
+    return Middle(CHOICES[name], **own)
 
 
 @pytest.mark.parametrize("name", [*CHOICES, *ENDS])

@@ -95,10 +95,15 @@ def test_a_number_that_follows_from_a_width_is_never_wrong(name):
         assert outcome != "wrong", distance
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("inner", [0, 1, 4])
-def test_one_channel_left_before_a_gate(inner):
+def test_one_channel_left_before_a_gate(inner, layout):
+    def gated(s: nn.Module, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=layout)  # of one channel both are the same
+        return x * s.g(F.adaptive_avg_pool2d(x, 1)).sigmoid()
+
     gate = nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1))
-    model = Middle(lambda s, x: x * s.g(x.mean((2, 3), keepdim=True)).sigmoid(), g=gate).eval()
+    model = Middle(gated, g=gate).eval()
     x = torch.randn(2, 3, 6, 6)
     graph = ms.trace(model, x)
     keep = ms.KeepMask(graph, {"a": torch.arange(8) == 5, "g.0": torch.arange(4) < inner})

@@ -19,7 +19,7 @@ class Findings:
         self.given = given
         self.operation = ""
         self.numbers: tuple[Any, ...] = ()  # among its arguments, not recorded yet
-        self.origins: tuple[int, ...] = ()  # of its arguments
+        self.origins: tuple[int | None, ...] = ()  # of its arguments
         self.stack: list[str] = [""]
         self.edges: list[tuple[Tensor, Tensor]] = []
         self.pins: list[tuple[Tensor, Reason]] = []

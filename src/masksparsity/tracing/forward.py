@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from .findings import aside, numbers
 from .memory import root
@@ -59,9 +59,10 @@ class Operations(TorchDispatchMode):
             tracer.blame(error, (args, kwargs))
             raise
         tracer.operation = operation
-        if tracer.sources:
-            tracer.origins = tracer.sources.of(tensors_in((args, kwargs)))
-            tracer.sources.follow(operation, tracer.origins, args, out)
+        # What is lifted was made of numbers, which are recorded.
+        given_to = () if operation == "lift_fresh" else (*args, *kwargs.values())
+        tracer.origins = tracer.sources.of(given_to)
+        first = len(tracer.records)
         tracer.numbers = () if operation in SIZED else numbers((*args, *kwargs.values()))
         if rule is None:
             tracer.unknown(given, kwargs, out)
@@ -69,6 +70,8 @@ class Operations(TorchDispatchMode):
             rule(tracer, operation, given, kwargs, out, inplace)
         if tracer.numbers:
             tracer.record(m for x in tensors_in(given) for m in tracer.labels(x))
+        recorded = [r.scalars for r in tracer.records[first:] if r.scalars]
+        tracer.sources.follow(operation, inplace, tracer.origins, recorded, args, out)
         return out
 
     def _before(self, func: Any, operation: str, args: Any, kwargs: Any) -> Any:
@@ -124,9 +127,7 @@ def run(
     take another way next time?"""
     tracer.decided = False
     tracer.memory.kept = kept_by(tracer.modules.values())
-    if tracer.sources:
-        tracer.sources.give(tracer.memory.kept, "kept")
-        tracer.sources.give(tensors_in((args, kwargs)), "input")
+    tracer.sources.begin(tracer.modules, tensors_in((args, kwargs)))
     with contextlib.ExitStack() as stack, unchanged(tracer.modules.values()):
         stack.callback(tracer.memory.restore)
         with (
@@ -152,9 +153,10 @@ def run(
     for ids in kept:
         tracer.pin(ids, "kept until the next forward")
     found = [m for t in tensors_in(out) for m in tracer.labels(t)]
-    if tracer.sources:
-        tracer.origins = tracer.sources.of(tensors_in(out))
-    tracer.record(found, [n for x in tensors_in(out) for n in aside(x, tracer.labels(x))])
+    tracer.origins = tracer.sources.of(tensors_in(out))
+    lengths = [n for x in tensors_in(out) for n in aside(x, tracer.labels(x))]
+    leaves, structure = tree_flatten(out)
+    tracer.record(found, [*lengths, *numbers(leaves), str(structure)])
     tracer.expose(found)
     tracer.pin(found, "model output")
     for tensor in (*tensors_in((out, args, kwargs)), *tracer.memory.kept):

@@ -47,8 +47,8 @@ class Record(NamedTuple):
     scalars: tuple[Any, ...]
     shapes: tuple[torch.Size | None, ...]
     """Of ids that vary along several axes: their shape."""
-    origins: tuple[int, ...]
-    """Of all tensors that were read; during the proof."""
+    origins: tuple[int | None, ...]
+    """Of all tensors that were read."""
 
 
 class Cut(NamedTuple):

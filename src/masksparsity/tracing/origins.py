@@ -1,26 +1,29 @@
 """Where tensors come from: the proof tells by it a choice between tensors of the same channels.
 
-A number stands for the way a tensor was made: from which others, by which operations. What only
-moves values passes it on, as a layout may be copied for one width and not for another. What a layer
-of PyTorch returns is told by the layer alone, as one that has lost all channels computes nothing.
+A number stands for how a tensor was made: by which operations, with which numbers, of which others.
+It is the same in any two runs of the same code, whatever the widths. Nothing is known of what
+forward finds outside of the model, or in dicts and sets: they may be caches, filled or not yet.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from .network import tensors_in
+from .memory import root
 
-ORIGIN = "_masksparsity_origin"
-MOVES = frozenset(
-    {
-        "alias", "clone", "detach", "expand", "permute", "select", "slice", "squeeze", "t",
-        "transpose", "unsqueeze", "view", "_reshape_alias", "_to_copy", "_unsafe_view",
-    }
+Origin = int | None
+"""None: nothing is known, and it is like any other."""
+
+ORIGIN, WRITTEN = "_masksparsity_origin", "_masksparsity_written"
+_VIEWS = frozenset(
+    {"_reshape_alias", "as_strided", "expand", "permute", "select", "slice", "squeeze", "t",
+     "transpose", "unsqueeze", "view"}
 )  # fmt: skip
-"""What of these matters for values is recorded as numbers."""
+_MOVES = _VIEWS | {"_to_copy", "_unsafe_view", "alias", "clone", "detach"}
+"""These make nothing new, unless they record numbers: for one width a layout may be copied that for
+another is only seen in another way."""
 
 
 class Origins:
@@ -29,34 +32,87 @@ class Origins:
     def __init__(self, names: Mapping[int, str]):
         self.names = names
         self.token = object()
-        self.calls: Counter[str] = Counter()
 
-    def of(self, tensors: Iterable[Tensor]) -> tuple[int, ...]:
-        return tuple([self._of(x) for x in tensors])
+    def begin(self, modules: Mapping[str, nn.Module], inputs: Iterable[Tensor]) -> None:
+        """A forward begins: with what it is given, and what its modules keep."""
+        for k, x in enumerate(inputs):
+            self._tell(x, hash(("input", k)))
+        for path, module in modules.items():
+            for key in vars(module).keys() - _REGISTERED:
+                for place, x in _listed(vars(module)[key]):
+                    self._tell(x, hash((path, key, place)))
 
-    def _of(self, x: Tensor) -> int:
+    def of(self, args: Iterable[Any]) -> tuple[Origin, ...]:
+        """Of the tensors among arguments, and in lists there."""
+        found: list[Origin] = []
+        for a in args:
+            if isinstance(a, Tensor):
+                found.append(self._of(a))
+            elif isinstance(a, (list, tuple)):
+                found += [self._of(x) for x in a if isinstance(x, Tensor)]
+        return tuple(found)
+
+    def follow(
+        self,
+        operation: str,
+        inplace: bool,
+        read: tuple[Origin, ...],
+        numbers: list[Any],
+        args: Any,
+        out: Any,
+    ) -> None:
+        """An operation has made `out` of what comes from `read`; `numbers`: those it recorded."""
+        made = [x for x in (out if isinstance(out, (list, tuple)) else (out,))
+                if isinstance(x, Tensor)]  # fmt: skip
+        moved = operation in _MOVES and len(made) == 1 and made[0].dtype == args[0].dtype
+        if moved and not numbers:
+            self._tell(made[0], self._own(args[0]) if operation in _VIEWS else read[0])
+            return
+        how = None if None in read else _hash(("" if moved else operation, read, numbers))
+        for k, x in enumerate(made):
+            self._tell(x, None if how is None else hash((how, k, x.dtype)))
+        for x in made if inplace else ():  # whatever shows this memory holds something else now
+            before = self._written(x)
+            known = how is not None and before is not None
+            setattr(root(x), WRITTEN, (self.token, hash((before, how)) if known else None))
+
+    def _of(self, x: Tensor) -> Origin:
+        own, written = self._own(x), self._written(x)
+        if own is None or written is None:
+            return None
+        return hash((own, written)) if written else own
+
+    def _own(self, x: Tensor) -> Origin:
         name = self.names.get(id(x))
         if name is not None:
             return hash(name)
-        whose, origin = getattr(x, ORIGIN, (None, 0))
+        whose, origin = getattr(x, ORIGIN, (None, None))
+        return origin if whose is self.token else None
+
+    def _written(self, x: Tensor) -> Origin:
+        whose, origin = getattr(root(x), WRITTEN, (None, None))
         return origin if whose is self.token else 0
 
-    def give(self, tensors: Iterable[Tensor], *origin: Any) -> None:
-        """They come, in this order, from what `origin` tells."""
-        for k, x in enumerate(tensors):
-            if id(x) not in self.names:
-                setattr(x, ORIGIN, (self.token, hash((*origin, k, x.dtype))))
+    def _tell(self, x: Tensor, origin: Origin) -> None:
+        if id(x) not in self.names:
+            setattr(x, ORIGIN, (self.token, origin))
 
-    def follow(self, operation: str, read: tuple[int, ...], args: Any, out: Any) -> None:
-        """An operation has made `out` of what comes from `read`."""
-        if operation in MOVES and isinstance(out, Tensor) and out.dtype == args[0].dtype:
-            if id(out) not in self.names:
-                setattr(out, ORIGIN, (self.token, read[0]))
-        else:
-            self.give(tensors_in(out), operation, read)
 
-    def left(self, module: nn.Module, path: str, out: Any) -> None:
-        """A module has returned `out`."""
-        if not module._modules and type(module).__module__.startswith("torch.nn."):
-            self.calls[path] += 1
-            self.give(tensors_in(out), path, self.calls[path])
+_REGISTERED = frozenset(vars(nn.Module()))
+
+
+def _hash(what: Any) -> int:
+    try:
+        return hash(what)
+    except TypeError:  # lists of strides
+        return hash(repr(what))
+
+
+def _listed(value: Any, depth: int = 0) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """The tensors in lists, and in lists of lists, and where."""
+    if isinstance(value, Tensor):
+        yield (), value
+    elif isinstance(value, (list, tuple, deque)) and depth < 4:
+        for k, item in enumerate(value):
+            for place, x in _listed(item, depth + 1):
+                yield (k, *place), x

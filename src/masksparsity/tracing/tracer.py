@@ -18,7 +18,7 @@ from .findings import Findings
 from .labels import ANONYMOUS, NOTHING, Labels, Reason, Slot
 from .memory import Memory
 from .network import kept_by, tensors_in, tensors_of
-from .origins import ORIGIN, Origins
+from .origins import ORIGIN, WRITTEN, Origins
 
 _DECIDING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
 _LABELS = "_masksparsity_labels"
@@ -68,7 +68,7 @@ class Tracer(Findings):
             self._place(flat, ids, 1)
         self.token = object()
         self.memory = Memory(self.names, lambda: kept_by(self.modules.values()))
-        self.sources = Origins(self.names) if self.given else None
+        self.sources = Origins(self.names)
         self._own: dict[str, tuple[Labels, ...]] = {}
 
     def labels(self, tensor: Tensor) -> tuple[Labels, ...]:
@@ -274,7 +274,7 @@ class Tracer(Findings):
     def forget(self, tensor: Tensor) -> None:
         """Take off what travels beside a tensor."""
         self.memory.forget(tensor)
-        for key in (_LABELS, ORIGIN):
+        for key in (_LABELS, ORIGIN, WRITTEN):
             if hasattr(tensor, key):
                 delattr(tensor, key)
 

@@ -133,8 +133,6 @@ def module_stack(tracer: Tracer) -> Iterator[None]:
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
         path = stack.pop()
-        if tracer.sources:
-            tracer.sources.left(module, path, out)
         if out is None and tracer.failed is None:  # how `always_call` tells of an exception
             tracer.failed = path
 

@@ -131,8 +131,11 @@ _FEW = 64  # values of a tensor made in forward that are compared one by one
 
 def lift(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     """`torch.tensor(...)` in forward: its values may follow from a width."""
-    few = out.numel() <= _FEW or out.is_complex()
-    values = [x.item() for x in (out.flatten() if few else out.double().sum().view(1))]
+    flat = out.flatten()
+    if len(flat) > _FEW and not out.is_complex():  # their sum, and one that tells their order
+        flat = flat.double()
+        flat = torch.stack([flat.sum(), flat @ torch.arange(1, len(flat) + 1).to(flat)])
+    values = [x.item() for x in flat]
     t.record((), values)
     if not out.ndim:
         t.memory.make(out, values == [0] and not t.decided)
