@@ -127,9 +127,9 @@ def run(
     take another way next time?"""
     tracer.decided = False
     tracer.memory.kept = kept_by(tracer.modules.values())
-    tracer.sources.begin(tracer.modules, tensors_in((args, kwargs)))
     with contextlib.ExitStack() as stack, unchanged(tracer.modules.values()):
         stack.callback(tracer.memory.restore)
+        tracer.sources.begin(tracer.modules, tensors_in((args, kwargs)))
         with (
             evaluating(tracer.modules.values(), training, seed) as drawn,
             eager(),

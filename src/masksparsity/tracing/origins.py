@@ -30,17 +30,19 @@ class Origins:
     """Of the tensors of one run; `names`: of parameters and buffers, by id."""
 
     def __init__(self, names: Mapping[int, str]):
-        self.names = names
+        self.own = {x: hash(name) for x, name in names.items()}
+        self.known: dict[int, int] = {}  # of what a forward begins with, by id
+        self.held: list[Tensor] = []  # so that no other gets its id
         self.token = object()
 
     def begin(self, modules: Mapping[str, nn.Module], inputs: Iterable[Tensor]) -> None:
         """A forward begins: with what it is given, and what its modules keep."""
-        for k, x in enumerate(inputs):
-            self._tell(x, hash(("input", k)))
+        found: dict[Any, Tensor] = {("input", k): x for k, x in enumerate(inputs)}
         for path, module in modules.items():
             for key in vars(module).keys() - _REGISTERED:
-                for place, x in _listed(vars(module)[key]):
-                    self._tell(x, hash((path, key, place)))
+                found |= {(path, key, place): x for place, x in _listed(vars(module)[key])}
+        self.held = [*found.values()]
+        self.known = {id(x): hash(place) for place, x in found.items()} | self.own
 
     def of(self, args: Iterable[Any]) -> tuple[Origin, ...]:
         """Of the tensors among arguments, and in lists there."""
@@ -83,9 +85,8 @@ class Origins:
         return hash((own, written)) if written else own
 
     def _own(self, x: Tensor) -> Origin:
-        name = self.names.get(id(x))
-        if name is not None:
-            return hash(name)
+        if (known := self.known.get(id(x))) is not None:
+            return known
         whose, origin = getattr(x, ORIGIN, (None, None))
         return origin if whose is self.token else None
 
@@ -94,7 +95,7 @@ class Origins:
         return origin if whose is self.token else 0
 
     def _tell(self, x: Tensor, origin: Origin) -> None:
-        if id(x) not in self.names:
+        if id(x) not in self.known:
             setattr(x, ORIGIN, (self.token, origin))
 
 
