@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from paper_table import BY_SCALE, HEADING, Arms, Row, cells, line
+from arms import BY_SCALE, Arms, Row
+from paper_table import HEADING, cells, line
 
 from masksparsity.files import atomic
 from masksparsity.pipeline.config import Config
