@@ -66,13 +66,15 @@ class Origins:
         """An operation has made `out` of what comes from `read`; `numbers`: those it recorded."""
         made = [x for x in (out if isinstance(out, (list, tuple)) else (out,))
                 if isinstance(x, Tensor)]  # fmt: skip
-        moved = operation in _MOVES and len(made) == 1 and made[0].dtype == args[0].dtype
+        moved = operation in _MOVES and len(made) == 1
+        if moved and made[0].dtype != args[0].dtype:
+            numbers = [*numbers, made[0].dtype]
         if moved and not numbers:
             self._tell(made[0], self._own(args[0]) if operation in _VIEWS else read[0])
             return
-        how = None if None in read else _hash(("" if moved else operation, read, numbers))
+        how = None if None in read else _hash(("" if moved else operation, read, tuple(numbers)))
         for k, x in enumerate(made):
-            self._tell(x, None if how is None else hash((how, k, x.dtype)))
+            self._tell(x, None if how is None else hash((how, k)))
         for x in made if inplace else ():  # whatever shows this memory holds something else now
             before = self._written(x)
             known = how is not None and before is not None
