@@ -59,11 +59,11 @@ class Operations(TorchDispatchMode):
             tracer.blame(error, (args, kwargs))
             raise
         tracer.operation = operation
+        every = (*args, *kwargs.values()) if kwargs else args
         # What is lifted was made of numbers, which are recorded.
-        given_to = () if operation == "lift_fresh" else (*args, *kwargs.values())
-        tracer.origins = tracer.sources.of(given_to)
+        tracer.origins = () if operation == "lift_fresh" else tracer.sources.of(every)
         first = len(tracer.records)
-        tracer.numbers = () if operation in SIZED else numbers((*args, *kwargs.values()))
+        tracer.numbers = () if operation in SIZED else numbers(every)
         if rule is None:
             tracer.unknown(given, kwargs, out)
         else:
@@ -129,7 +129,8 @@ def run(
     tracer.memory.kept = kept_by(tracer.modules.values())
     with contextlib.ExitStack() as stack, unchanged(tracer.modules.values()):
         stack.callback(tracer.memory.restore)
-        tracer.sources.begin(tracer.modules, tensors_in((args, kwargs)))
+        given = tensors_in((args, kwargs))
+        tracer.sources.begin(tracer.modules, bool(tracer.memory.kept), given)
         with (
             evaluating(tracer.modules.values(), training, seed) as drawn,
             eager(),

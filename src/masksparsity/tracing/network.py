@@ -88,7 +88,7 @@ def kept_by(modules: Iterable[nn.Module]) -> list[Tensor]:
 def _values_of(modules: Iterable[nn.Module], but: frozenset[str]) -> tuple[list[Any], list[Any]]:
     """What modules hold in attributes but some, and in containers there; and these containers."""
     states = map(vars, modules)
-    values = [state[key] for state in states for key in state.keys() - but]
+    values = [v for s in states for k, v in s.items() if k not in but and type(v) not in _PLAIN]
     found: dict[int, Any] = {}
     _containers(values, found)
     containers = [*found.values()]
@@ -99,8 +99,13 @@ def _containers(values: Iterable[Any], found: dict[int, Any]) -> None:
     """Add containers to `found`, by their ids, and those in them; some hold themselves."""
     for value in values:
         if isinstance(value, (dict, list, tuple, set, deque)) and id(value) not in found:
+            if type(value) is tuple and all(type(item) in _PLAIN for item in value):
+                continue  # sizes, most of all
             found[id(value)] = value
             _containers(_items(value), found)
+
+
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 def _items(container: Any) -> Iterable[Any]:

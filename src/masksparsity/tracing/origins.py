@@ -34,15 +34,20 @@ class Origins:
         self.known: dict[int, int] = {}  # of what a forward begins with, by id
         self.held: list[Tensor] = []  # so that no other gets its id
         self.token = object()
+        self.wrote = False  # anything to memory that was there
 
-    def begin(self, modules: Mapping[str, nn.Module], inputs: Iterable[Tensor]) -> None:
-        """A forward begins: with what it is given, and what its modules keep."""
+    def begin(
+        self, modules: Mapping[str, nn.Module], keep: bool, inputs: Iterable[Tensor]
+    ) -> None:
+        """A forward begins: with what it is given, and what its modules keep, if they `keep`
+        anything."""
         found: dict[Any, Tensor] = {("input", k): x for k, x in enumerate(inputs)}
-        for path, module in modules.items():
+        for path, module in modules.items() if keep else ():
             for key in vars(module).keys() - _REGISTERED:
                 found |= {(path, key, place): x for place, x in _listed(vars(module)[key])}
         self.held = [*found.values()]
         self.known = {id(x): hash(place) for place, x in found.items()} | self.own
+        self.wrote = False
 
     def of(self, args: Iterable[Any]) -> tuple[Origin, ...]:
         """Of the tensors among arguments, and in lists there."""
@@ -79,21 +84,24 @@ class Origins:
             before = self._written(x)
             known = how is not None and before is not None
             setattr(root(x), WRITTEN, (self.token, hash((before, how)) if known else None))
+            self.wrote = True
 
     def _of(self, x: Tensor) -> Origin:
-        own, written = self._own(x), self._written(x)
-        if own is None or written is None:
-            return None
-        return hash((own, written)) if written else own
+        own = self._own(x)
+        if own is None or not self.wrote:
+            return own
+        written = self._written(x)
+        return hash((own, written)) if written else own if written == 0 else None
 
     def _own(self, x: Tensor) -> Origin:
-        if (known := self.known.get(id(x))) is not None:
+        known = self.known.get(id(x))
+        if known is not None:
             return known
-        whose, origin = getattr(x, ORIGIN, (None, None))
+        whose, origin = getattr(x, ORIGIN, _UNKNOWN)
         return origin if whose is self.token else None
 
     def _written(self, x: Tensor) -> Origin:
-        whose, origin = getattr(root(x), WRITTEN, (None, None))
+        whose, origin = getattr(root(x), WRITTEN, _UNKNOWN)
         return origin if whose is self.token else 0
 
     def _tell(self, x: Tensor, origin: Origin) -> None:
@@ -101,6 +109,7 @@ class Origins:
             setattr(x, ORIGIN, (self.token, origin))
 
 
+_UNKNOWN = (None, None)
 _REGISTERED = frozenset(vars(nn.Module()))
 
 
