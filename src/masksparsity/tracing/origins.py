@@ -36,9 +36,7 @@ class Origins:
         self.token = object()
         self.wrote = False  # anything to memory that was there
 
-    def begin(
-        self, modules: Mapping[str, nn.Module], keep: bool, inputs: Iterable[Tensor]
-    ) -> None:
+    def begin(self, modules: Mapping[str, nn.Module], keep: bool, inputs: Iterable[Tensor]) -> None:
         """A forward begins: with what it is given, and what its modules keep, if they `keep`
         anything."""
         found: dict[Any, Tensor] = {("input", k): x for k, x in enumerate(inputs)}
