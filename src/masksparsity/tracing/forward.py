@@ -126,8 +126,8 @@ def run(
     """One forward without gradients; model, RNG and mode stay as they were. May it, in training,
     take another way next time?"""
     tracer.decided = False
-    tracer.memory.kept = kept_by(tracer.modules.values())
-    with contextlib.ExitStack() as stack, unchanged(tracer.modules.values()):
+    with contextlib.ExitStack() as stack, unchanged(tracer.modules.values()) as held:
+        tracer.memory.kept = [x for x in held if id(x) not in tracer.names]
         stack.callback(tracer.memory.restore)
         given = tensors_in((args, kwargs))
         tracer.sources.begin(tracer.modules, bool(tracer.memory.kept), given)

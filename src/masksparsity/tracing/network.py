@@ -98,7 +98,7 @@ def _values_of(modules: Iterable[nn.Module], but: frozenset[str]) -> tuple[list[
 def _containers(values: Iterable[Any], found: dict[int, Any]) -> None:
     """Add containers to `found`, by their ids, and those in them; some hold themselves."""
     for value in values:
-        if isinstance(value, (dict, list, tuple, set, deque)) and id(value) not in found:
+        if issubclass(type(value), _CONTAINERS) and id(value) not in found:
             if type(value) is tuple and all(type(item) in _PLAIN for item in value):
                 continue  # sizes, most of all
             found[id(value)] = value
@@ -106,6 +106,7 @@ def _containers(values: Iterable[Any], found: dict[int, Any]) -> None:
 
 
 _PLAIN = frozenset({bool, int, float, str, type(None)})
+_CONTAINERS = (dict, list, tuple, set, deque)  # `issubclass`, as `isinstance` takes its time
 
 
 def _items(container: Any) -> Iterable[Any]:
@@ -278,17 +279,18 @@ _FIXED = _OWN - {"_parameters", "_buffers"}  # and no forward writes
 
 
 @contextlib.contextmanager
-def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """What forward writes into its modules (a cache, a counter, a generator) is undone."""
+def unchanged(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """What forward writes into its modules (a cache, a counter, a generator) is undone. Gives the
+    tensors that they hold."""
     modules = [*modules]
     kept = [(state, state.copy()) for state in map(vars, modules)]
     values, containers = _values_of(modules, _FIXED)
     inner = [(v, v.copy()) for v in containers if not isinstance(v, tuple)]
-    drawn = [(x, x.get_state()) for x in values if isinstance(x, torch.Generator)]
-    leaves = [x for x in values if isinstance(x, Tensor) and x.is_leaf]
-    told = [(x, x.requires_grad, x.grad, vars(x).copy()) for x in leaves]
+    drawn = [(x, x.get_state()) for x in values if type(x) is torch.Generator]
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    told = [(x, x.requires_grad, x.grad, vars(x).copy()) for x in tensors if x.is_leaf]
     try:
-        yield
+        yield tensors
     finally:
         for x, learns, grad, attributes in told:
             if x.requires_grad is not learns:

@@ -49,12 +49,13 @@ class Origins:
 
     def of(self, args: Iterable[Any]) -> tuple[Origin, ...]:
         """Of the tensors among arguments, and in lists there."""
+        of = self._of if self.wrote else self._own
         found: list[Origin] = []
         for a in args:
             if isinstance(a, Tensor):
-                found.append(self._of(a))
+                found.append(of(a))
             elif isinstance(a, (list, tuple)):
-                found += [self._of(x) for x in a if isinstance(x, Tensor)]
+                found += [of(x) for x in a if isinstance(x, Tensor)]
         return tuple(found)
 
     def follow(
@@ -85,11 +86,10 @@ class Origins:
             self.wrote = True
 
     def _of(self, x: Tensor) -> Origin:
-        own = self._own(x)
-        if own is None or not self.wrote:
-            return own
-        written = self._written(x)
-        return hash((own, written)) if written else own if written == 0 else None
+        own, written = self._own(x), self._written(x)
+        if own is None or written is None:
+            return None
+        return hash((own, written)) if written else own
 
     def _own(self, x: Tensor) -> Origin:
         known = self.known.get(id(x))
