@@ -47,9 +47,6 @@ class Memory:
         if self.canvases and (canvas := self.canvases.get(root(tensor))):
             canvas.views += map(weakref.ref, views)
 
-    def is_viewed(self, tensor: Tensor) -> bool:
-        return getattr(tensor, _VIEWED, False) or tensor._is_view()
-
     def blank(self, tensor: Tensor, blank: bool = True) -> None:
         """A tensor of one value, or of noise: all its channels are alike."""
         if blank != self.is_blank(tensor) and id(tensor) not in self.names:
@@ -117,6 +114,11 @@ class Memory:
         for key in (_VIEWED, _BLANK):
             if hasattr(tensor, key):
                 delattr(tensor, key)
+
+
+def is_viewed(tensor: Tensor) -> bool:
+    """Do others show its memory, too?"""
+    return getattr(tensor, _VIEWED, False) or tensor._is_view()
 
 
 def root(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .memory import root
+from .memory import is_viewed, root
 
 Origin = int | None
 """None: nothing is known, and it is like any other."""
@@ -79,7 +79,9 @@ class Origins:
         how = None if None in read else _hash(("" if moved else operation, read, tuple(numbers)))
         for k, x in enumerate(made):
             self._tell(x, None if how is None else hash((how, k)))
-        for x in made if inplace else ():  # whatever shows this memory holds something else now
+        for x in made if inplace else ():
+            if id(x) not in self.known and not is_viewed(x):
+                continue  # nothing else shows this memory, and holds something else now
             before = self._written(x)
             known = how is not None and before is not None
             setattr(root(x), WRITTEN, (self.token, hash((before, how)) if known else None))

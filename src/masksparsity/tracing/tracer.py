@@ -16,7 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .findings import Findings
 from .labels import ANONYMOUS, NOTHING, Labels, Reason, Slot
-from .memory import Memory
+from .memory import Memory, is_viewed, root
 from .network import kept_by, tensors_in, tensors_of
 from .origins import ORIGIN, WRITTEN, Origins
 
@@ -126,7 +126,7 @@ class Tracer(Findings):
             lost = [m for m in labels if not m.clean]
             self.pin(lost, _WRITTEN)
             return
-        if inplace and self.memory.is_viewed(out):
+        if inplace and is_viewed(out):
             # Others see the same memory and still believe that its zeros stay zero.
             self.pin([m for m in labels if not m.clean], "a view is overwritten")
         if labels or self.is_labelled(out):
@@ -262,6 +262,8 @@ class Tracer(Findings):
         computed = makes or ".parametrizations." in self.module
         self.pin(found, f"counts into a weight: {FOLD}" if computed else "unknown operation")
         for tensor in tensors_in(out):
+            if tensor._is_view():
+                self.memory.share(root(tensor))
             self.set(tensor, ())
             self.memory.blank(tensor, False)
 

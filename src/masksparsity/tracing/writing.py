@@ -12,7 +12,7 @@ from torch import Tensor
 from . import pointwise
 from .findings import numbers
 from .labels import ANONYMOUS, Labels
-from .memory import Canvas, root
+from .memory import Canvas, is_viewed, root
 from .tracer import Rule, Tracer
 
 _EMPTY = -1  # no channel was written here
@@ -154,7 +154,7 @@ def filled(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) 
     if inplace and zero and found and id(out) not in t.names:  # its zeros stay zero
         t.record(found)
         t.expose(found)
-    elif inplace and not found and not by and not t.memory.is_viewed(out):
+    elif inplace and not found and not by and not is_viewed(out):
         t.memory.make(out, zero)
     else:
         t.unknown(args, kwargs, out)
