@@ -31,6 +31,8 @@ from .standin import CONVOLUTION, stand_in
 from .tracer import Rule, Tracer
 from .watch import Calls, assignments, escapes, inference_mode_off, module_stack
 
+_EMPTY = torch.ops.aten.empty.memory_format
+
 
 class Operations(TorchDispatchMode):
     """Applies its rule after each operation."""
@@ -58,6 +60,9 @@ class Operations(TorchDispatchMode):
         except Exception as error:
             tracer.blame(error, (args, kwargs))
             raise
+        if func is _EMPTY and args[0] == [0]:  # a norm makes one each time; it holds nothing
+            tracer.sources.follow(operation, False, (), [], args, out)
+            return out
         tracer.operation = operation
         every = (*args, *kwargs.values()) if kwargs else args
         # What is lifted was made of numbers, which are recorded.

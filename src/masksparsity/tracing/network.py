@@ -99,7 +99,7 @@ def _containers(values: Iterable[Any], found: dict[int, Any]) -> None:
     """Add containers to `found`, by their ids, and those in them; some hold themselves."""
     for value in values:
         if issubclass(type(value), _CONTAINERS) and id(value) not in found:
-            if type(value) is tuple and all(type(item) in _PLAIN for item in value):
+            if type(value) is tuple and _PLAIN.issuperset(map(type, value)):
                 continue  # sizes, most of all
             found[id(value)] = value
             _containers(_items(value), found)

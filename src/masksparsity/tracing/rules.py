@@ -55,7 +55,8 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
     into, outof = (0, 1) if transposed else (1, 0)
     shape = weight.shape
     ids, seen = t.consume(x, 1, _ELSEWHERE)
-    t.record((seen,) if seen else (), (args[3:8], *out.shape[2:], *(() if seen else x.shape[1:2])))
+    how = str(args[3:8])  # lists have no hash
+    t.record((seen,) if seen else (), (how, *out.shape[2:], *(() if seen else x.shape[1:2])))
     inputs = ids  # of one group
     if groups > 1:
         inputs = ids.view(groups, -1)[0] if shape[1] > 1 else torch.zeros(1, dtype=torch.int64)
