@@ -53,3 +53,23 @@ def test_a_size_in_an_attribute_follows():
     graph = ms.trace(model, x)
     assert [g.name for g in graph.prunable] == ["a", "b", "fc"]
     exact(model, x, graph)
+
+
+class Attending(nn.Module):
+    """`nn.MultiheadAttention` divides what comes in by its heads; queries are not the values."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 32, 3), nn.Linear(32, 5)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).flatten(2).transpose(1, 2)
+        return self.b(self.attention(x + 1, x + 1, x)[0].mean(1))
+
+
+def test_what_no_mask_may_remove_is_protected_where_pieces_keep_equal_counts():
+    torch.manual_seed(0)
+    model, x = Attending().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.double)
+    graph = ms.trace(model, x)
+    assert [group.name for group in graph.prunable] == ["attention.out_proj"], graph

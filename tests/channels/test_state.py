@@ -1,5 +1,6 @@
 """What forward keeps and writes: a trace undoes it, and sees what the next forward reads."""
 
+from collections import OrderedDict
 from random import Random
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import masksparsity as ms
 
-from .middle import Middle, row
+from .middle import Middle, exact, row
 from .networks import random_mask
 from .test_exact import TOLERANCE, _distance
 
@@ -150,6 +151,37 @@ def test_what_forward_writes_to_tensors_of_its_own_is_undone():
     assert torch.equal(mean, torch.ones(8))
     assert torch.equal(bank, torch.ones(2, 3))
     assert torch.equal(random.get_state(), torch.Generator().manual_seed(5).get_state())
+
+
+def test_what_forward_writes_to_its_input_is_undone():
+    class Ranged(nn.Module):
+        """As super-resolution networks scale their images."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x *= 255
+            x[:, 0] -= 1
+            return self.b(self.a(x).relu())
+
+    model, x = Ranged(), torch.rand(2, 3, 8, 8)
+    before = x.clone()
+    ms.prune(model, graph := ms.trace(model, x), random_mask(graph, 0))
+    assert torch.equal(x, before)
+
+
+def test_a_config_that_refuses_to_be_written_to_is_left_alone():
+    class Frozen(OrderedDict):
+        def update(self, *args, **kwargs):
+            raise TypeError("frozen")
+
+        clear = pop = update
+
+    model, x = Middle(lambda s, x: x * s.config["scale"]), torch.randn(2, 3, 4, 4)
+    model.config = Frozen({"scale": 2.0})
+    exact(model.double(), x.double(), ms.trace(model, x.double()))
 
 
 def test_what_forward_says_of_its_parameters_is_undone():

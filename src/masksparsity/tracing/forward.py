@@ -134,8 +134,8 @@ def run(
     with contextlib.ExitStack() as stack, unchanged(tracer.modules.values()) as held:
         tracer.memory.kept = [x for x in held if id(x) not in tracer.names]
         stack.callback(tracer.memory.restore)
-        given = tensors_in((args, kwargs))
-        tracer.sources.begin(tracer.modules, bool(tracer.memory.kept), given)
+        tracer.memory.inputs = [*tensors_in((args, kwargs))]
+        tracer.sources.begin(tracer.modules, bool(tracer.memory.kept), tracer.memory.inputs)
         with (
             evaluating(tracer.modules.values(), training, seed) as drawn,
             eager(),

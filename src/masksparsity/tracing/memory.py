@@ -38,6 +38,7 @@ class Memory:
         self.canvases = WeakIdKeyDictionary()  # tensor -> Canvas
         self.trusted: list[tuple[weakref.ref, Tensor]] = []  # to be zero; the ids that count on it
         self.kept: list[Tensor] = []  # before forward, in attributes of modules
+        self.inputs: list[Tensor] = []  # of forward
         self.spared: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def share(self, tensor: Tensor, views: Iterable[Tensor] = ()) -> None:
@@ -97,13 +98,14 @@ class Memory:
         return trusting + [c.ids.clamp(min=0) for c in kept if c.ids is not None]
 
     def spare(self, tensor: Tensor) -> None:
-        """One of the model's own tensors is about to be written to: keep what it holds."""
-        own = id(tensor) in self.names or any(tensor is root(x) for x in self.kept)
+        """A tensor of the model's own or an input is about to be written to: keep what it holds."""
+        known = (*self.kept, *self.inputs)
+        own = id(tensor) in self.names or any(tensor is root(x) for x in known)
         if own and id(tensor) not in self.spared:
             self.spared[id(tensor)] = (tensor, tensor.data, tensor.detach().clone())
 
     def restore(self) -> None:
-        """Undo what was written to the model's own tensors."""
+        """Undo what was written to the model's own tensors and its inputs."""
         for tensor, data, value in self.spared.values():
             tensor.data = data
             tensor.data.copy_(value)

@@ -3,9 +3,10 @@
 import contextlib
 import copy
 import functools
+import operator
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FunctionType, MethodType
 from typing import Any
@@ -285,7 +286,7 @@ def unchanged(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     modules = [*modules]
     kept = [(state, state.copy()) for state in map(vars, modules)]
     values, containers = _values_of(modules, _FIXED)
-    inner = [(v, v.copy()) for v in containers if not isinstance(v, tuple)]
+    inner = [(v, _shallow(v)) for v in containers if not isinstance(v, tuple)]
     drawn = [(x, x.get_state()) for x in values if type(x) is torch.Generator]
     tensors = [x for x in values if isinstance(x, Tensor)]
     told = [(x, x.requires_grad, x.grad, vars(x).copy()) for x in tensors if x.is_leaf]
@@ -307,5 +308,20 @@ def unchanged(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
             for key in state.keys() - before.keys() if len(state) > len(before) else ():
                 del state[key]
         for value, was in inner:
+            if type(value) not in _BUILTIN and _same(value, was):
+                continue  # it may refuse to be written to, as a frozen config does
             value.clear()
             value.extend(was) if isinstance(value, (list, deque)) else value.update(was)
+
+
+_BUILTIN = frozenset({dict, OrderedDict, list, set, deque})
+
+
+def _shallow(container: Any) -> Any:
+    return dict(container) if isinstance(container, dict) else [*container]
+
+
+def _same(now: Any, was: Any) -> bool:
+    """Are these the very same items?"""
+    parts = [(now, was)] + ([(now.values(), was.values())] if isinstance(now, dict) else [])
+    return len(now) == len(was) and all(all(map(operator.is_, a, b)) for a, b in parts)
