@@ -1,8 +1,8 @@
 """Which networks prune, how much of them, and is the result exact?
 
 All image networks of torchvision and the smallest member of every family of convolutional networks
-of timm (a family: one module of timm and the first word of the name), or of either what `--only`
-asks for. Each in a
+of timm (a family: one module of timm and the first word of the name), or of a library what `--only`
+asks for; `libraries.py` has more, which are looked at where they are installed. Each network in a
 process of its own: trace, a random mask with another fraction in every group, prune; `apply_mask`
 against `prune` in double precision, in eval and in train mode; a training step of the slim model;
 its archive, saved and loaded to the bit. A refusal by the proof is listed, and no error. Exit code
@@ -10,6 +10,7 @@ its archive, saved and loaded to the bit. A refusal by the proof is listed, and 
 
     python benchmarks/coverage.py --table results/coverage.txt              # all: hours on one core
     python benchmarks/coverage.py --library timm --only 'mixnet|dpn68' --peer
+    python benchmarks/coverage.py --library ultralytics --out results/coverage-ultralytics.jsonl
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from libraries import LIBRARIES
 from machine import about
 from torch import Tensor, nn
 from zoo import build, calibrate, forward, names
@@ -57,7 +59,7 @@ def distance(expected: list[Tensor], actual: list[Tensor]) -> float:
     return worst
 
 
-def check(library: str, name: str, row: dict[str, Any], smallest: int = 64) -> None:
+def check(library: str, name: str, row: dict[str, Any], smallest: int = 0) -> None:
     """Fill in `row`, step by step, so that a crash leaves what came before."""
     torch.manual_seed(0)
     model, inputs = build(library, name, smallest)
@@ -119,7 +121,7 @@ def check(library: str, name: str, row: dict[str, Any], smallest: int = 64) -> N
         else "cost differs" if graph.cost(keep).params != sum(p.numel() for p in slim.parameters())
         else "exact"
     )  # fmt: skip
-    if row["status"] == "WRONG in train mode" and smallest == 64:
+    if row["status"] == "WRONG in train mode" and not smallest:
         # A norm over two values (maps of one pixel) magnifies rounding: look at larger maps.
         check(library, name, row, 128)
 
@@ -196,7 +198,7 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--library", choices=("torchvision", "timm"), help="one of the two")
+    parser.add_argument("--library", choices=LIBRARIES, help="torchvision and timm if not given")
     parser.add_argument("--only", help="regular expression: any of the library's names")
     parser.add_argument("--out", type=Path, default=Path("results/coverage.jsonl"))
     parser.add_argument("--table", type=Path, help="write the table of all of --out here, too")
@@ -230,7 +232,8 @@ def main() -> int:
         runs = sum(peer not in ("crashes", "does not end") for peer in theirs)
         trains = sum(peer.endswith("parameters") for peer in theirs)
         summary += f"; Torch-Pruning: {runs} of {len(theirs)} run afterwards, {trains} train"
-    conditions = "; ".join(about("torchvision", "timm").values())
+    packages = dict.fromkeys(["torchvision", "timm", options.library or "timm"])
+    conditions = "; ".join(f"{key} {value}" for key, value in about(*packages).items())
     heading = f"{conditions}\n{len(rows)} networks: {summary}\n"
     print(heading)
     if options.table:
