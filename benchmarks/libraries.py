@@ -69,15 +69,15 @@ def _timm_sizes(name: str) -> tuple[int, ...]:
 
 
 def _yolo_names() -> list[str]:
-    """Without a letter a config stands for its smallest size."""
+    """A config without a letter is of the smallest size. One loads weights while it is built."""
     configs = Path(importlib.import_module("ultralytics").__path__[0], "cfg/models")
-    larger = re.compile("yolov9[ems]|yolov10[^n]|rtdetr-x|.*resnet101")
-    return sorted(p.stem for p in configs.rglob("*.yaml") if not larger.match(p.stem))
+    left_out = re.compile("yolov9[ems]|yolov10[^n]|rtdetr-x|.*resnet101|.*resnet18")
+    return sorted(p.stem for p in configs.rglob("*.yaml") if not left_out.match(p.stem))
 
 
 def _yolo(name: str, size: int) -> nn.Module:
     library = importlib.import_module("ultralytics")
-    kind = library.RTDETR if name.startswith("rtdetr") else library.YOLO
+    kind = library.RTDETR if "rtdetr" in name else library.YOLO
     model: nn.Module = kind(f"{name}.yaml").model
     return model.float()
 
