@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import masksparsity as ms
+from masksparsity.channels.probe import _some
 
 from .middle import exact
 
@@ -73,3 +74,23 @@ def test_what_no_mask_may_remove_is_protected_where_pieces_keep_equal_counts():
     model, x = Attending().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.double)
     graph = ms.trace(model, x)
     assert [group.name for group in graph.prunable] == ["attention.out_proj"], graph
+
+
+class Heads(nn.Module):
+    """Four heads of one layer, which keep equal counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 32, 3), nn.ModuleList(nn.Conv2d(8, 4, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [b(head) for b, head in zip(self.b, self.a(x).chunk(4, 1), strict=True)]
+
+
+def test_masks_are_tried_that_take_from_pieces_that_keep_equal_counts():
+    graph = ms.trace(Heads(), torch.randn(2, 3, 8, 8))
+    (pieces,) = [constraint.pieces for constraint in graph.constraints]
+    for seed in range(1, 9, 2):
+        kept = _some(graph, seed).units[pieces].sum(1)
+        assert kept.unique().numel() == 1
+        assert kept[0] < 8

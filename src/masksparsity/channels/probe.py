@@ -64,16 +64,21 @@ def _free(graph: ChannelGraph) -> int:
 
 def _some(graph: ChannelGraph, seed: int) -> KeepMask:
     """About a third of every group goes: in every other mask of each another share, and in the rest
-    of all the same, as what has to keep equal counts comes back whole otherwise."""
+    of all groups and all pieces the same, as what has to keep equal counts would come back."""
     generator = torch.Generator().manual_seed(seed)
-    shares = 0.2 + 0.3 * torch.rand(len(graph.prunable), generator=generator)
+    shares = (0.2 + 0.3 * torch.rand(len(graph.groups), generator=generator)).tolist()
+    values = torch.rand(graph.units, generator=generator)
+    rows = [torch.arange(g.start, g.start + g.size)[None] for g in graph.groups]
     if seed % 2:
-        shares[:] = shares.mean()
-    keep = {}
-    for group, share in zip(graph.prunable, shares.tolist(), strict=True):
-        order = torch.randperm(group.size, generator=generator)
-        keep[group.name] = order >= int(share * group.size)
-    return KeepMask(graph, keep).repaired()
+        rows += [c.pieces for c in graph.constraints if (c.pieces >= 0).all()]
+        shares = shares[:1] * len(rows)
+    keep = torch.ones(graph.units, dtype=torch.bool)
+    for units, share in zip(rows, shares, strict=True):
+        least = values[units].argsort(1)[:, : int(share * units.shape[1])]
+        keep[units] = True
+        keep[units.gather(1, least)] = False
+    chosen = {g.name: keep[g.start : g.start + g.size] for g in graph.prunable}
+    return KeepMask(graph, chosen).repaired()
 
 
 def _alike(model: nn.Module, name: str) -> list[str]:
