@@ -165,7 +165,8 @@ def coverage(file: Path) -> str:
     said = file.with_suffix(".txt")
     lines = said.read_text().splitlines() if said.exists() else []
     # What is not of a single network is of all; the tally is counted here.
-    facts = [s for s in lines if s and not re.match(r"(torchvision|timm)/|\d+ networks", s)]
+    own = f"{file.stem.removeprefix('coverage-')}/"
+    facts = [s for s in lines if s and not re.match(rf"{own}|\d+ networks", s)]
     prunable, channels = (sum(r.get(key, 0) for r in rows) for key in ("prunable", "channels"))
     # Larger ones are checked in single precision.
     double = [r for r in rows if r["status"] == "exact" and r["params"] < 3e8]
