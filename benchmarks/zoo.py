@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import torch
 from libraries import LIBRARIES
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ def calibrate(model: nn.Module, inputs: tuple) -> None:
                 nn.init.normal_(p, std=0.2)
             else:
                 nn.init.uniform_(p, 0.5, 1.5)
-    ms.recalibrate(model, [inputs[0] if len(inputs) == 1 else inputs])
+    ms.recalibrate(model, [(inputs,)])
 
 
 def targets(x: Tensor) -> list[dict[str, Tensor]]:
@@ -80,5 +81,6 @@ def forward(model: nn.Module, inputs: tuple, train: bool = False) -> list[Tensor
                 setattr(module, rate, 0.0)
     with torch.random.fork_rng(), torch.set_grad_enabled(train):
         torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002 some draw from it
         out = model(*inputs, targets(inputs[0])) if train and detects else model(*inputs)
     return [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]

@@ -21,6 +21,26 @@ def test_statistics_are_the_plain_average_over_batches():
     assert model[0].momentum == 0.1
 
 
+class Sum(nn.Module):
+    """Of two inputs, or of those in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x, y=0):
+        return self.norm(torch.stack(x).sum(0) if isinstance(x, list) else x + y)
+
+
+@pytest.mark.parametrize(
+    "batch", [lambda x, y: ((x, y), 0), lambda x, y: {"x": x, "y": y}, lambda x, y: ([x, y], 0)]
+)
+def test_batches_of_several_inputs(batch):
+    x, y, model = torch.randn(8, 3), torch.randn(8, 3), Sum()
+    ms.recalibrate(model, [batch(x, y)])
+    torch.testing.assert_close(model.norm.running_mean, (x + y).mean(0))
+
+
 def test_no_batches_change_nothing():
     model = nn.Sequential(nn.BatchNorm1d(3))
     model[0].running_mean += 1

@@ -1,19 +1,22 @@
 """Precise BatchNorm statistics: measured over given batches instead of remembered from training."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import MaskSparsityError
+from ..tracing.network import arguments
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) -> int:
+def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     """Set running means and variances to their plain average over `batches`, in place.
 
-    A batch is a tensor of inputs, or a sequence that begins with one, as loaders give it. Returns
-    the number of batches. Other modules stay in eval mode meanwhile; modes are restored.
+    A batch is a tensor of inputs, a dict of keyword inputs, or a sequence that begins with the
+    inputs, as loaders give it; a tuple in that place stands for several. Returns the number of
+    batches. Other modules stay in eval mode meanwhile; modes are restored.
     A layer that sees its batch more than once in a forward counts each time.
     """
     norms = [
@@ -32,7 +35,10 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]]) 
                     norm.reset_running_stats()
                     norm.momentum = None  # cumulative average
                     norm.training = True
-            model(batch if isinstance(batch, Tensor) else batch[0])
+            inputs = batch if isinstance(batch, (Tensor, Mapping)) else batch[0]
+            # A list is one input: the images of a detector.
+            args, kwargs = arguments((inputs,) if isinstance(inputs, list) else inputs)
+            model(*args, **kwargs)
             count += 1
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
