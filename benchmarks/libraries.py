@@ -3,7 +3,6 @@
 torchvision and timm come with the `dev` extra; the others are looked at where they are installed.
 """
 
-import contextlib
 import importlib
 import re
 from collections.abc import Callable
@@ -20,19 +19,19 @@ SIZES = (64, 96, 128, 192, 224, 256, 299, 384, 448, 512)
 
 class Library(NamedTuple):
     names: Callable[[], list[str]]
-    family: Callable[[str], Any]
-    """What the smallest member of stands for."""
+    """All that it has."""
     create: Callable[[str, int], nn.Module]
     """The network of a name, for images of a size."""
+    family: Callable[[str], Any] | None = None
+    """Its smallest member stands for it; without, each name is looked at."""
     sizes: Callable[[str], tuple[int, ...]] = lambda name: SIZES
     """Sizes of images to try."""
+    unasked: Callable[[str], Any] = lambda name: True
+    """Is it looked at without being asked for?"""
 
 
 def _torchvision_names() -> list[str]:
-    modules = [getattr(torchvision.models, m) for m in ("segmentation", "detection")]
-    parts = [torchvision.models, *modules]
-    found = [n for part in parts for n in torchvision.models.list_models(part)]
-    return [n for n in found if "quantized" not in n]
+    return [n for n in torchvision.models.list_models() if "quantized" not in n]
 
 
 def _torchvision(name: str, size: int) -> nn.Module:
@@ -44,10 +43,11 @@ def _torchvision(name: str, size: int) -> nn.Module:
         options |= dict.fromkeys(_FEW, 8) if "rcnn" in name else {}
     elif name.startswith("vit"):
         options["image_size"] = size
-    with contextlib.suppress(TypeError):
+    try:
         return torchvision.models.get_model(name, weights=None, **options)
-    options.pop("weights_backbone")
-    return torchvision.models.get_model(name, weights=None, **options)
+    except TypeError:
+        options.pop("weights_backbone")
+        return torchvision.models.get_model(name, weights=None, **options)
 
 
 _FEW = ("box_detections_per_img", "rpn_post_nms_top_n_test", "rpn_post_nms_top_n_train",
@@ -118,16 +118,21 @@ def _cv_create(name: str, size: int) -> nn.Module:
 
 
 LIBRARIES = {
-    "torchvision": Library(_torchvision_names, str, _torchvision, _torchvision_sizes),
-    "timm": Library(
-        timm.list_models, _timm_family, lambda name, size: timm.create_model(name), _timm_sizes
+    "torchvision": Library(
+        _torchvision_names,
+        _torchvision,
+        sizes=_torchvision_sizes,
+        unasked=lambda name: not re.match("raft|mc3|mvit|r2plus1d|r3d|s3d|swin3d", name),  # videos
     ),
-    "ultralytics": Library(_yolo_names, str, _yolo),
-    "segmentation_models_pytorch": Library(_smp_names, _smp_family, _smp_create),
+    "timm": Library(
+        timm.list_models, lambda name, size: timm.create_model(name), _timm_family, _timm_sizes
+    ),
+    "ultralytics": Library(_yolo_names, _yolo),
+    "segmentation_models_pytorch": Library(_smp_names, _smp_create, _smp_family),
     "pytorchcv": Library(
         lambda: sorted(_cv()._models),
-        lambda name: _cv()._models[name].__module__,
         _cv_create,
+        lambda name: _cv()._models[name].__module__,
         lambda name: (32, *SIZES) if re.search("cifar|svhn", name) else SIZES,
     ),
 }

@@ -15,11 +15,11 @@ FEW_CONVOLUTIONS = 5  # with fewer it is a transformer or a mixer behind its pat
 
 def names(library: str, only: str | None) -> list[str]:
     """All that match `only`, or the smallest member of each family."""
-    every, family, create, _ = LIBRARIES[library]
+    every, create, family, _, unasked = LIBRARIES[library]
     if only:
         return [name for name in every() if re.search(only, name)]
-    if family is str:
-        return every()
+    if family is None:
+        return [name for name in every() if unasked(name)]
     smallest: dict[tuple, tuple[float, str]] = {}
     for name in every():
         try:
@@ -36,7 +36,7 @@ def names(library: str, only: str | None) -> list[str]:
 
 def build(library: str, name: str, smallest: int = 0) -> tuple[nn.Module, tuple]:
     """The network, and inputs of the smallest size that it accepts."""
-    _, _, create, sizes = LIBRARIES[library]
+    create, sizes = LIBRARIES[library].create, LIBRARIES[library].sizes
     tried = [size for size in sizes(name) if size >= smallest] or [*sizes(name)]
     frames = (16,) if re.search("3d|mc3|r2plus1d|mvit", name) and library == "torchvision" else ()
     error = None

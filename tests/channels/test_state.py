@@ -182,6 +182,7 @@ def test_a_config_that_refuses_to_be_written_to_is_left_alone():
     model, x = Middle(lambda s, x: x * s.config["scale"]), torch.randn(2, 3, 4, 4)
     model.config = Frozen({"scale": 2.0})
     exact(model.double(), x.double(), ms.trace(model, x.double()))
+    assert model.config == {"scale": 2.0}
 
 
 def test_what_forward_says_of_its_parameters_is_undone():

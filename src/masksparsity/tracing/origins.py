@@ -81,7 +81,7 @@ class Origins:
             self._tell(x, None if how is None else hash((how, k)))
         for x in made if inplace else ():
             if id(x) not in self.known and not is_viewed(x):
-                continue  # nothing else shows this memory, and holds something else now
+                continue  # all that shows this memory is told already
             before = self._written(x)
             known = how is not None and before is not None
             setattr(root(x), WRITTEN, (self.token, hash((before, how)) if known else None))
