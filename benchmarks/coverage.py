@@ -59,6 +59,21 @@ def distance(expected: list[Tensor], actual: list[Tensor]) -> float:
     return worst
 
 
+def archived(slim: nn.Module, model: nn.Module) -> nn.Module:
+    """What comes back of a slim network that is saved, and loaded into the dense one's code."""
+    with tempfile.TemporaryDirectory() as folder:
+        ms.save(slim, Path(folder, "slim"))
+        return ms.load(Path(folder, "slim"), model=model)
+
+
+def step(model: nn.Module, outputs: list[Tensor]) -> None:
+    """A training step of any loss."""
+    loss = sum(x.square().mean() for x in outputs if x.requires_grad)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    torch.optim.SGD(model.parameters(), 1e-3).step()
+
+
 def check(library: str, name: str, row: dict[str, Any], smallest: int = 0) -> None:
     """Fill in `row`, step by step, so that a crash leaves what came before."""
     torch.manual_seed(0)
@@ -100,18 +115,13 @@ def check(library: str, name: str, row: dict[str, Any], smallest: int = 0) -> No
     row["distance"] = distance(expected, actual)
     row["change"] = distance(forward(model, inputs), expected)
     row["status"] = "archive crashes"
-    with tempfile.TemporaryDirectory() as folder:
-        ms.save(slim, Path(folder, "slim"))
-        loaded = ms.load(Path(folder, "slim"), model=model)
-    same = all(torch.equal(a, b) for a, b in zip(actual, forward(loaded, inputs), strict=True))
+    loaded = forward(archived(slim, model), inputs)
+    same = all(torch.equal(a, b) for a, b in zip(actual, loaded, strict=True))
     row["status"] = "train step crashes"
     masked = forward(ms.apply_mask(model, graph, keep), inputs, train=True)
     outputs = forward(slim, inputs, train=True)
     row["train_distance"] = distance(masked, outputs)
-    loss = sum(x.square().mean() for x in outputs if x.requires_grad)
-    assert isinstance(loss, Tensor)
-    loss.backward()
-    torch.optim.SGD(slim.parameters(), 1e-3).step()
+    step(slim, outputs)
     bound = TOLERANCE[dtype]
     row["status"] = (
         "WRONG" if not row["distance"] <= bound
