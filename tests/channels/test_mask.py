@@ -24,6 +24,10 @@ def test_unnamed_groups_are_kept_whole(graph):
     assert keep["layer1.0.conv1"].sum() == 4
     assert keep.kept.sum() == graph.units - 12
     assert keep.pruned_fraction == pytest.approx(12 / sum(g.size for g in graph.prunable))
+    assert ms.KeepMask(graph, keep) == keep  # a mapping, of all groups
+    assert list(keep) == [g.name for g in graph.groups]
+    assert "layer1.0.conv1" in keep
+    assert "layer1" not in keep
     norms = keep.by_norm()
     assert norms["layer1.0.bn1"].tolist() == [True] * 4 + [False] * 12
     assert all(v.all() for n, v in norms.items() if n != "layer1.0.bn1")

@@ -11,7 +11,7 @@ from .constraints import repair
 from .groups import ChannelGraph
 
 
-class KeepMask:
+class KeepMask(Mapping[str, Tensor]):
     """One bool per unit of every group of a graph; protected groups are always kept whole.
 
     Args:
@@ -54,9 +54,12 @@ class KeepMask:
         found = self.graph.by_name[group]
         return self.units[found.start : found.start + found.size]
 
-    def items(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, bool [size]) of every group, protected ones too."""
-        return ((group.name, self[group.name]) for group in self.graph.groups)
+    def __iter__(self) -> Iterator[str]:
+        """Names of all groups, protected ones too."""
+        return iter(self.graph.by_name)
+
+    def __len__(self) -> int:
+        return len(self.graph.by_name)
 
     @property
     def kept(self) -> Tensor:
