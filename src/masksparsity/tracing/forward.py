@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .caches import computed_anew
 from .findings import aside, numbers
 from .memory import root
 from .network import (
@@ -138,6 +139,7 @@ def run(
         tracer.sources.begin(tracer.modules, bool(tracer.memory.kept), tracer.memory.inputs)
         with (
             evaluating(tracer.modules.values(), training, seed) as drawn,
+            computed_anew(tracer.modules.values()),
             eager(),
             torch.no_grad(),
             module_stack(tracer),

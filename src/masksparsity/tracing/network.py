@@ -144,10 +144,10 @@ def like(example: tuple[tuple, dict], model: nn.Module) -> tuple[tuple, dict]:
 def of_users(modules: Iterable[nn.Module]) -> bool:
     """Is there code that may do other things in train mode, such as return features? That of
     libraries asks for the sake of dropout, and of auxiliary heads, whose parameters tell."""
-    return any(not kind.__module__.startswith(_LIBRARIES) for kind in {type(m) for m in modules})
+    return any(not kind.__module__.startswith(LIBRARIES) for kind in {type(m) for m in modules})
 
 
-_LIBRARIES = ("torch.nn.", "torchvision.", "timm.", "masksparsity.")  # scripts are users' code
+LIBRARIES = ("torch.nn.", "torchvision.", "timm.", "masksparsity.")  # scripts are users' code
 
 
 def made_up_will_do(model: nn.Module) -> bool:
@@ -168,7 +168,7 @@ def _is_users(function: Any) -> bool:
     """Has no library written it? Such as an activation that a module keeps."""
     while isinstance(function, functools.partial):
         function = function.func
-    return not (getattr(function, "__module__", None) or "torch.nn.").startswith(_LIBRARIES)
+    return not (getattr(function, "__module__", None) or "torch.nn.").startswith(LIBRARIES)
 
 
 def batch_size(args: tuple, kwargs: dict) -> int:
