@@ -267,15 +267,22 @@ def test_every_selector_heeds_its_settings(
     assert (kept % 4 == 0).all()
 
 
-def test_a_mask_by_taylor_scores_of_training_images(whole: Path, tmp_path: Path) -> None:
-    config = tiny(mask=MaskConfig(scores="taylor"))
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_mask_by_taylor_scores_of_training_images(
+    whole: Path, tmp_path: Path, rounds: int
+) -> None:
+    config = tiny(mask=MaskConfig(scores="taylor", rounds=rounds))
     given = {"weights": whole / "train" / "model.safetensors"}
     work = Workspace(config, tmp_path, given=given)
     execute(work, "mask")
     model = work.network(given["weights"])
     graph = work.trace(model)
-    scores = ms.scores.taylor(model, graph, work.data.training().epoch(0))  # fewer than it may take
-    expected = ms.select.budget(graph, scores, pruned_macs=0.5)
+
+    def scores(kept: ms.KeepMask) -> ms.scores.Scores:  # of fewer images than it may take
+        masked = ms.apply_mask(model, graph, kept)
+        return ms.scores.taylor(masked, graph, work.data.training().epoch(0))
+
+    expected = ms.select.budget(graph, scores, pruned_macs=0.5, rounds=rounds)
     assert torch.equal(ms.KeepMask.load(tmp_path / "mask" / "mask.json", graph).kept, expected.kept)
 
 

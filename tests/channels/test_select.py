@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -37,13 +39,13 @@ def test_scale_is_the_largest_of_the_coupled(bound):
 
 @given(
     share=st.floats(0, 0.8), seed=st.integers(0, 99), levels=st.sampled_from((3, 1000)),
-    round_to=st.sampled_from((1, 4)),
+    round_to=st.sampled_from((1, 4)), rounds=st.sampled_from((1, 3)), per_cost=st.booleans(),
 )  # fmt: skip
-def test_budget_is_met_within_a_channel(bound, share, seed, levels, round_to):
+def test_budget_is_met_within_a_channel(bound, share, seed, levels, round_to, rounds, per_cost):
     _, graph = bound
-    keep = ms.select.budget(
-        graph, random_scores(graph, seed, levels), pruned_macs=share, round_to=round_to
-    )
+    scores = random_scores(graph, seed, levels)
+    how = {"rounds": rounds, "per_cost": per_cost}
+    keep = ms.select.budget(graph, scores, pruned_macs=share, round_to=round_to, **how)
     dense, slim = graph.cost().macs, graph.cost(keep).macs
     assert 1 - slim / dense >= share
     assert (keep.kept >= 1).all()
@@ -69,6 +71,29 @@ def test_budget_per_cost_keeps_more_of_the_sum(bound, share, seed):
     for name, kept in keep.items():  # within a group the best stay
         if name in scores and not kept.all():
             assert scores[name][kept].min() >= scores[name][~kept].max()
+
+
+def test_in_rounds_one_of_two_alike_stays(bound):
+    """Each is worth little, as long as the other is there."""
+    _, graph = bound
+    seen, noise = [], random_scores(graph, 0, 1000)
+
+    def worth(kept: ms.KeepMask) -> dict[str, torch.Tensor]:
+        seen.append(kept)
+        twin = {n: k.view(-1, 2).flip(1).flatten() for n, k in kept.items() if n != "linear"}
+        return {n: torch.where(k, 0.1, 1.1) + noise[n] for n, k in twin.items()}
+
+    def pairs_lost(keep: ms.KeepMask) -> int:
+        return sum(int((~k.view(-1, 2).any(1)).sum()) for k in keep.values())
+
+    at_once, in_rounds = (
+        ms.select.budget(graph, worth, pruned_macs=0.6, rounds=rounds) for rounds in (1, 20)
+    )
+    assert pairs_lost(at_once) > 20 > 2 > pairs_lost(in_rounds)
+    for earlier, later in itertools.pairwise([*seen[1:], in_rounds]):
+        assert earlier & later == later
+    with pytest.raises(ms.MaskSparsityError, match="rounds=0: at least 1"):
+        ms.select.budget(graph, worth, pruned_macs=0.3, rounds=0)
 
 
 def _without_one_step(graph, round_to: int) -> ms.KeepMask:

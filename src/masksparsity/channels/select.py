@@ -7,6 +7,7 @@ may, its units with the highest scores stay; of equal scores the first stay.
 import math
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from functools import partial
 from typing import TypedDict, Unpack
 
 import torch
@@ -39,6 +40,7 @@ class _Ranking:
         self,
         graph: ChannelGraph,
         scores: Scores,
+        kept: KeepMask | None = None,
         *,
         min_keep: int = 1,
         round_to: int = 1,
@@ -82,6 +84,9 @@ class _Ranking:
                     f"scores of {group.name}: expected {group.size} finite numbers"
                 )
         self.scores = {g.name: scores[g.name].float() for g in self.groups}
+        if kept is not None:  # what is gone already does not come back
+            lowest = torch.finfo(torch.float32).min
+            self.scores = {n: s.masked_fill(~kept[n], lowest) for n, s in self.scores.items()}
         # Position of every unit among its group's, best first.
         self.order = {
             name: torch.argsort(torch.argsort(values, descending=True, stable=True))
@@ -163,13 +168,14 @@ def fraction(
 
 def budget(
     graph: ChannelGraph,
-    scores: Scores,
+    scores: Scores | Callable[[KeepMask], Scores],
     *,
     pruned_macs: float | None = None,
     pruned_params: float | None = None,
     pruned_latency: float | None = None,
     latency: Callable[[KeepMask], float] | None = None,
     per_cost: bool = False,
+    rounds: int = 1,
     **limits: Unpack[Limits],
 ) -> KeepMask:
     """The lowest scores of the whole network go until this share of the cost does.
@@ -178,9 +184,14 @@ def budget(
     network's; the last goes with `latency`, a function that measures what a mask leaves, such as
     `masksparsity.latency(model, graph)`.
 
-    With `per_cost` the lowest scores per MAC (or parameter) go, those that a unit saves in the
-    dense network: greedily, what keeps much of the sum of scores under the budget, for scores that
-    add up, like `scores.taylor`.
+    With `per_cost` the lowest scores per MAC (or parameter) go, those that a unit saves:
+    greedily, what keeps much of the sum of scores under the budget, for scores that add up, like
+    `scores.taylor`.
+
+    What a channel is worth, and what it saves, changes as others go. In several `rounds` each
+    takes its share of the budget, and the next looks again: at costs, and at scores, if these are
+    a function of the mask so far, such as
+    `lambda keep: scores.taylor(apply_mask(model, graph, keep), graph, batches)`.
 
     The nested masks along the global order of scores are searched by bisection for the first that
     meets the budget, so the cost is within one channel (or one step of `round_to`) of it.
@@ -193,26 +204,35 @@ def budget(
         "params": (pruned_params, lambda mask: graph.cost(mask).params),
         "latency": (pruned_latency, latency),
     }
-    ranking = _Ranking(graph, scores, **limits)
     what, share, measure = _asked(costs)
-    dense = measure(KeepMask(graph))
     if per_cost and what == "latency":
         raise MaskSparsityError("per_cost: of MACs or parameters; latency moves in jumps")
-    masks, units = _nested(ranking, _prices(ranking, measure) if per_cost else None)
+    if rounds < 1:
+        raise MaskSparsityError(f"rounds={rounds}: at least 1")
+    kept = KeepMask(graph)
+    dense = measure(kept)
 
     def removed(mask: KeepMask) -> float:
         return 1 - measure(mask) / max(dense, 1e-12)
 
-    most = removed(masks(units))
-    kept = _smallest(
-        masks,
-        units,
-        lambda mask: removed(mask) >= share,
-        f"pruned_{what}={share}: at most {most:.4f} can go under {_words(limits)} and "
-        "what is protected; ask for less",
-    )
+    def enough(goal: float, mask: KeepMask) -> bool:
+        return removed(mask) >= goal
+
+    for part in range(1, rounds + 1):
+        ranking = _Ranking(graph, scores(kept) if callable(scores) else scores, kept, **limits)
+        masks, units = _nested(ranking, _prices(ranking, measure, kept) if per_cost else None)
+        most = removed(masks(units))
+        kept = _smallest(
+            masks,
+            units,
+            partial(enough, share * part / rounds),
+            f"pruned_{what}={share}: at most {most:.4f} can go under {_words(limits)} and "
+            "what is protected; ask for less",
+        )
     chosen = {f"pruned_{what}": share, **limits}
-    return _from(kept, "budget", **chosen, **({"per_cost": True} if per_cost else {}))
+    chosen |= {"per_cost": True} if per_cost else {}
+    chosen |= {"rounds": rounds} if rounds > 1 else {}
+    return _from(kept, "budget", **chosen)
 
 
 _Costs = dict[str, tuple[float | None, Callable[[KeepMask], float] | None]]
@@ -232,12 +252,17 @@ def _asked(costs: _Costs) -> tuple[str, float, Callable[[KeepMask], float]]:
     return what, share, cost
 
 
-def _prices(ranking: _Ranking, measure: Callable[[KeepMask], float]) -> dict[str, float]:
-    """What one unit of each group costs in the dense network."""
-    graph = ranking.graph
-    less = {g.name: KeepMask(graph, {g.name: torch.arange(g.size) > 0}) for g in ranking.groups}
-    dense = measure(KeepMask(graph))
-    return {name: max(1, dense - measure(mask)) for name, mask in less.items()}
+def _prices(
+    ranking: _Ranking, measure: Callable[[KeepMask], float], kept: KeepMask
+) -> dict[str, float]:
+    """What one more unit of each group saves."""
+    now = measure(kept)
+    prices = {}
+    for group in ranking.groups:
+        less = kept[group.name].clone()
+        less[less.nonzero()[:1]] = False
+        prices[group.name] = max(1, now - measure(KeepMask(kept.graph, {**kept, group.name: less})))
+    return prices
 
 
 def _nested(

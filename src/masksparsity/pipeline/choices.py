@@ -1,6 +1,7 @@
 """From settings to a mask and to a penalty."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -18,25 +19,23 @@ def read_mask(path: str | Path, graph: ms.ChannelGraph) -> ms.KeepMask:
     return ms.KeepMask.load(path, graph) if ours else ms.KeepMask.from_original(path, graph)
 
 
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
 def choose_mask(
     config: MaskConfig,
     model: nn.Module,
     graph: ms.ChannelGraph,
-    batches: Iterable[tuple[Tensor, Tensor]] = (),
+    batches: Callable[[], Batches] = tuple,
 ) -> ms.KeepMask:
     """The mask that is given, or the one that `config` asks for on the scores of `model`.
 
     Args:
-        batches: images and labels of this process, for scores that need them.
+        batches: gives images and labels of this process, for scores that need them.
     """
     if config.file:
         return read_mask(config.file, graph)
-    if config.scores == "taylor":
-        device = next(model.parameters()).device
-        shares = ms.scores.taylor(model, graph, batches)
-        scores = {name: dist.sum_(share.to(device)).cpu() for name, share in shares.items()}
-    else:
-        scores = getattr(ms.scores, config.scores)(model, graph)
+    scores_of = partial(_scores, config, model, graph, batches)
     limits: ms.select.Limits = {
         "round_to": config.round_to,
         "min_keep": config.min_keep,
@@ -48,22 +47,41 @@ def choose_mask(
             of_macs = config.pruned_params is None and config.pruned_latency is None
             return ms.select.budget(
                 graph,
-                scores,
+                scores_of,
                 pruned_macs=config.pruned_macs if of_macs else None,
                 pruned_params=config.pruned_params,
                 pruned_latency=config.pruned_latency,
                 latency=ms.latency(model, graph),
                 per_cost=config.per_cost,
+                rounds=config.rounds,
                 **limits,
             )
         case "threshold":
-            return ms.select.threshold(graph, scores, config.threshold, **limits)
+            return ms.select.threshold(graph, scores_of(), config.threshold, **limits)
         case "optimal":
-            return ms.select.optimal(graph, scores, config.energy, **limits)
+            return ms.select.optimal(graph, scores_of(), config.energy, **limits)
         case "fraction":
-            return ms.select.fraction(graph, scores, config.pruned_fraction, **limits)
+            return ms.select.fraction(graph, scores_of(), config.pruned_fraction, **limits)
         case "uniform":
-            return ms.select.uniform(graph, scores, config.pruned_fraction, **limits)
+            return ms.select.uniform(graph, scores_of(), config.pruned_fraction, **limits)
+
+
+def _scores(
+    config: MaskConfig,
+    model: nn.Module,
+    graph: ms.ChannelGraph,
+    batches: Callable[[], Batches],
+    kept: ms.KeepMask | None = None,
+) -> ms.scores.Scores:
+    """What the channels are worth, or would be if only those of a mask were there."""
+    if kept is not None and not kept.units.all():
+        model = ms.apply_mask(model, graph, kept)
+    if config.scores != "taylor":
+        scores: ms.scores.Scores = getattr(ms.scores, config.scores)(model, graph)
+        return scores
+    device = next(model.parameters()).device
+    shares = ms.scores.taylor(model, graph, batches())
+    return {name: dist.sum_(share.to(device)).cpu() for name, share in shares.items()}
 
 
 def _shares(settings: tuple[str, ...]) -> dict[str, float]:

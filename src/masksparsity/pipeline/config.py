@@ -58,6 +58,8 @@ class MaskConfig:
     per_cost: bool = False
     """budget: the lowest scores per MAC (or parameter) saved go; for scores that add up, as
     Taylor's do."""
+    rounds: int = 1
+    """budget: rounds that spend it, a share each; scores and costs are read again after each."""
     threshold: float = 0.01
     """threshold: scores below it are pruned."""
     energy: float = 1e-4

@@ -1,6 +1,7 @@
 """The stages: each a function from its predecessor's files to files and a result of its own."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def mask(work: Workspace, folder: Path) -> Result:
     """Choose the channels that stay, or take the mask that is given."""
     model = work.dense() if work.config.mask.file else _network(work, "mask")
     graph = work.trace(model)
-    keep = choose_mask(work.config.mask, model, graph, _batches(work, SCORED))
+    keep = choose_mask(work.config.mask, model, graph, partial(_batches, work, SCORED))
     return _save_mask(work, folder, keep) | _costs(graph.cost(), graph.cost(keep))
 
 
@@ -79,7 +80,7 @@ def one_shot(work: Workspace, folder: Path) -> Result:
     """Prune a trained network without any training but of its BatchNorm statistics."""
     model = _network(work, "one-shot")
     graph = work.trace(model)
-    keep = choose_mask(work.config.mask, model, graph, _batches(work, SCORED))
+    keep = choose_mask(work.config.mask, model, graph, partial(_batches, work, SCORED))
     result, slim = _prune(work, model, graph, keep)
     _recalibrate(work, slim, work.config.one_shot.images)
     _save(folder, slim)
