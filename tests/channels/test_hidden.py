@@ -1,5 +1,6 @@
 """What a network does out of sight: each of these once slipped past the tracer."""
 
+import contextlib
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -89,6 +90,41 @@ def test_what_is_computed_beside_a_weight_may_not_vanish(name):
     (read,) = (g for g in graph.groups if ("b.weight", 1) in g.slots)
     assert "zero does not stay zero" in str(read.reason)
     exact(model, x, graph)
+
+
+TURNED = {
+    "weight": lambda: Middle(lambda s, x: F.conv2d(x, s.p.roll(1, 1)), p=row(8, 8, 1, 1)),
+    "weight of a transposed one": lambda: Middle(
+        lambda s, x: F.conv_transpose2d(x, s.p.roll(1, 0)), p=row(8, 8, 1, 1)
+    ),
+    "weight in other rows": lambda: Middle(
+        lambda s, x: F.conv2d(x, s.p.view(8, -1, 2, 1, 1).transpose(1, 2).reshape(8, -1, 1, 1)),
+        p=row(8, 8, 1, 1),
+    ),
+    "bias": lambda: Middle(lambda s, x: F.conv2d(x, s.p, s.q.roll(1)), p=row(8, 8, 1, 1), q=row(8)),
+    "shift of a norm": lambda: Middle(
+        lambda s, x: F.batch_norm(x, None, None, None, s.q.roll(1), True), q=row(8)
+    ),
+    "weight of a product": lambda: Middle(
+        lambda s, x: F.linear(x.movedim(1, 3), s.p.roll(1, 1)).movedim(3, 1), p=row(8, 8)
+    ),
+    "keys": lambda: Middle(
+        lambda s, x: x * (x.flatten(2).mT @ x.roll(1, 1).flatten(2)).mean((1, 2), True).unsqueeze(3)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_what_lies_in_another_order_meets_the_same_channels_or_is_refused(name):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.double)
+    model = calibrated(TURNED[name](), x)
+    graph = ms.trace(model, x)
+    for seed in range(8):
+        keep = random_mask(graph, seed)
+        with contextlib.suppress(ms.MaskSparsityError), torch.no_grad():
+            slim = ms.prune(model, graph, keep)
+            assert _distance(ms.apply_mask(model, graph, keep)(x), slim(x)) <= TOLERANCE
 
 
 @dataclass

@@ -205,8 +205,10 @@ class Tracer(Findings):
         if tensor is None:
             return
         name = self.names.get(id(tensor))
-        if name is None:
-            self.unite(self.read(tensor, axis)[0], ids)
+        if name is None:  # the proof asks how it lies
+            lying, m = self.read(tensor, axis)
+            self.record((m,) if m else ())
+            self.unite(lying, ids)
             return
         slot = (name, axis)
         own = self.slots.get(slot)
