@@ -1,6 +1,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torchvision.ops import deform_conv2d
 
 import masksparsity as ms
 from masksparsity.tracing.network import named_tensors
@@ -72,6 +74,72 @@ def test_bias_absorption_is_exact_without_padding():
     keep = ms.KeepMask(graph, {graph.groups[0].name: torch.arange(6) % 3 > 0})
     silenced(model, graph, keep)
     assert distance(ms.prune(model, graph, keep, absorb="bias")(x), model(x)) <= 1e-9
+
+
+READ_OTHERWISE = {
+    "flipped": lambda x, c: F.conv2d(x, c.weight.flip(2, 3), padding=1),
+    "turned": lambda x, c: F.conv2d(x, c.weight.transpose(2, 3).contiguous(), padding=1),
+    "rounded": lambda x, c: F.conv2d(x, c.weight.float().to(x.dtype), padding=1),
+    "from the left": lambda x, c: c.weight[..., 0, 0] @ x.flatten(2),
+    "in parts": lambda x, c: sum(
+        F.conv2d(a, w) for a, w in zip(x.chunk(2, 1), c.weight.chunk(2, 1), strict=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("how", ["exact", "bias"])
+@pytest.mark.parametrize("read", READ_OTHERWISE)
+def test_a_weight_that_is_not_read_as_it_is_takes_nothing_over(read, how):
+    model, graph, keep, _ = between(READ_OTHERWISE[read])
+    with pytest.raises(ms.MaskSparsityError, match=r"absorb: c\.weight is not read by a conv"):
+        ms.prune(model, graph, keep, absorb=how)
+
+
+def test_a_deformable_convolution_reads_constants_as_they_are():
+    offsets = torch.randn(1, 18, 1, 1, generator=torch.Generator().manual_seed(0)).double()
+    model, graph, keep, x = between(
+        lambda x, c: deform_conv2d(x, offsets.expand(len(x), -1, 8, 8), c.weight, padding=1)
+    )
+    assert distance(ms.prune(model, graph, keep, absorb="exact")(x), model(x)) <= 1e-9
+
+
+def test_a_bias_that_is_not_read_takes_nothing_over():
+    model, graph, keep, _ = between(lambda x, c: F.conv2d(x, c.weight))
+    with pytest.raises(ms.MaskSparsityError, match=r"c\.weight has no bias, and no norm follows"):
+        ms.prune(model, graph, keep, absorb="bias")
+
+
+def test_a_bias_stands_for_the_mean_of_what_a_stride_spreads():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 9).double()
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, 2)
+    model = calibrated(nn.Sequential(*layers), x)
+    graph = ms.trace(model, x)
+    keep = ms.KeepMask(graph, {"0": torch.arange(8) % 2 > 0})
+    silenced(model, graph, keep)
+    slim = ms.prune(model, graph, keep, absorb="bias")
+    assert distance(slim(x).mean((2, 3)), model(x).mean((2, 3))) <= 1e-9
+    with pytest.raises(ms.MaskSparsityError, match="absorb='Exact': use 'exact', 'bias' or None"):
+        ms.prune(model, graph, keep, absorb="Exact")
+
+
+def between(read):
+    """conv -> norm -> what `read` makes of it with another conv's weight; half of it silenced."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.c = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            return read(self.norm(self.a(x)).relu(), self.c).flatten(2).mean(2)
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8).double()
+    model = calibrated(Net(), x)
+    graph = ms.trace(model, x)
+    keep = ms.KeepMask(graph, {"a": torch.arange(8) % 2 > 0})
+    return silenced(model, graph, keep), graph, keep, x
 
 
 def test_what_is_not_constant_is_refused():

@@ -6,6 +6,7 @@ a bias can stand for it in the interior only; one channel that stays constant ca
 others of its group everywhere.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import MaskSparsityError
-from ..tracing.network import duplicate, evaluating, like, named_tensors
+from ..tracing.network import duplicate, evaluating, like, named_tensors, tensors_in
 from .groups import ChannelGraph
 from .mask import KeepMask
 
@@ -23,31 +24,55 @@ Constants = dict[str, tuple[int, Tensor]]
 _SMALL = 1e-6  # relative to the largest constant: below it there is nothing to hand over
 
 
-class _Inputs(TorchDispatchMode):
-    """Lowest and highest value of every input channel of every weight that sums over channels."""
+_CONVOLUTIONS = ("convolution", "torchvision::deform_conv2d")
 
-    def __init__(self, weights: dict[int, str]):
+
+class _Inputs(TorchDispatchMode):
+    """Lowest and highest value of every input channel of every weight that sums over channels;
+    which tensors were read, and which by operations that could do anything with them."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
         super().__init__()
-        self.weights = weights
+        self.shapes = {name: _lengths(x) for name, x in tensors.items()}
+        # Products see a transposed view of a weight: memory tells whose.
+        self.owners = {x.untyped_storage().data_ptr(): name for name, x in tensors.items()}
+        self.owners |= {x.data_ptr(): name for name, x in tensors.items()}
         self.seen: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
+        self.read: set[str] = set()
+        self.otherwise: set[str] = set()
+        self.spread: dict[str, int] = {}  # transposed: positions that share a kernel out
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
-        if name in ("convolution", "addmm", "mm", "linear"):
-            x, weight = args[1:3] if name == "addmm" else args[:2]
-            # Products see a transposed view of a weight: memory tells whose.
-            owner = self.weights.get(weight.data_ptr())
-            if owner is not None:
-                axis = 1 if name == "convolution" else x.ndim - 1
-                rows = x.movedim(axis, 0).flatten(1)
-                place = owner, None if name != "convolution" else 0 if args[6] else 1
-                low, high = self.seen.get(place, (rows[:, 0], rows[:, 0]))
-                self.seen[place] = (
-                    torch.minimum(low, rows.amin(1)),
-                    torch.maximum(high, rows.amax(1)),
-                )
+        given = [(self._owner(x), x) for x in tensors_in((args, kwargs))]
+        owned = [(owner, x) for owner, x in given if owner is not None]
+        self.read |= {owner for owner, _ in owned}
+        views = any(r.alias_info for r in func._schema.returns) and not func._schema.is_mutable
+        product = name in (*_CONVOLUTIONS, "addmm", "mm", "linear")
+        x, weight = args[name == "addmm" :][:2] if product else (None, None)
+        for owner, tensor in owned if not views else ():
+            if x is None or tensor is not weight or _lengths(tensor) != self.shapes[owner]:
+                self.otherwise.add(owner)
+                continue
+            axis = 1 if name in _CONVOLUTIONS else x.ndim - 1
+            rows = x.movedim(axis, 0).flatten(1)
+            transposed = name == "convolution" and args[6]
+            if transposed:
+                self.spread[owner] = math.prod(args[3])
+            place = owner, None if name not in _CONVOLUTIONS else 0 if transposed else 1
+            low, high = self.seen.get(place, (rows[:, 0], rows[:, 0]))
+            self.seen[place] = torch.minimum(low, rows.amin(1)), torch.maximum(high, rows.amax(1))
         return out
+
+    def _owner(self, x: Tensor) -> str | None:
+        """Whose memory it shows."""
+        name = self.owners.get(x.data_ptr())
+        return name or self.owners.get(x.untyped_storage().data_ptr())
+
+
+def _lengths(x: Tensor) -> list[int]:
+    return sorted(n for n in x.shape if n > 1)
 
 
 def absorb(
@@ -62,12 +87,16 @@ def absorb(
       of the others in every consumer. Costs a channel per group that has constants to hand over.
     - "bias": the consumers' biases, or the running means of the norms behind them, take the
       constants over. Costs nothing; exact for linear layers and convolutions without padding, in
-      eval mode, and wrong by what the border misses for padded ones.
+      eval mode, and wrong by what the border misses for padded ones. Of a transposed one with a
+      stride, whose positions differ, the mean.
 
     Raises:
         MaskSparsityError: where a removed channel is no constant at a consumer, or no single
-            channel can stand for the others, or ("bias") a consumer has neither bias nor norm.
+            channel can stand for the others, or a weight is read in another way than by a layer,
+            or ("bias") a consumer has neither bias nor norm.
     """
+    if how not in ("exact", "bias"):
+        raise MaskSparsityError(f"absorb={how!r}: use 'exact', 'bias' or None")
     model = duplicate(model)
     tensors = dict(named_tensors(model))
     _refuse_sums(graph, keep, tensors)
@@ -77,10 +106,10 @@ def absorb(
             gone = (~keep.slot(name, axis)).nonzero().squeeze(1)
             with torch.no_grad():
                 tensors[name].index_fill_(axis, gone.to(tensors[name].device), 0)
-    constants = _constants(model, graph, keep, tensors)
+    constants, watch = _constants(model, graph, keep, tensors)
     if how == "exact":
         return model, _carry(graph, keep, constants, tensors)
-    _into_biases(graph, constants, tensors)
+    _into_biases(graph, constants, {name: tensors[name] for name in watch.read}, watch.spread)
     return model, keep
 
 
@@ -102,16 +131,25 @@ def _refuse_sums(graph: ChannelGraph, keep: KeepMask, tensors: dict[str, Tensor]
 
 def _constants(
     model: nn.Module, graph: ChannelGraph, keep: KeepMask, tensors: dict[str, Tensor]
-) -> Constants:
-    watch = _Inputs({tensors[name].data_ptr(): name for name, _ in graph.consumers})
+) -> tuple[Constants, _Inputs]:
+    """What the removed channels say at each consumer; and how forward read the tensors."""
+    watch = _Inputs(tensors)
     args, kwargs = like(graph.example, model)
     with evaluating(model.modules()), torch.no_grad(), watch:
         model(*args, **kwargs)
     found = {}
     for name, axis in sorted(graph.consumers & graph.slots.keys()):
         gone = ~keep.slot(name, axis).to(tensors[name].device)
+        if not gone.any():
+            continue
+        if name in watch.otherwise:
+            raise MaskSparsityError(
+                f"absorb: {name} is not read by a convolution or linear layer as it is, so nothing "
+                "can be folded into it; prune with absorb=None, or drive the channels to zero with "
+                "ScheduledDecay"
+            )
         seen = watch.seen.get((name, axis), watch.seen.get((name, None)))
-        if seen is None or not gone.any():
+        if seen is None:  # in training only
             continue
         # Of a grouped convolution each index is a channel of every group.
         low, high = (x.view(-1, len(gone)) for x in seen)
@@ -122,7 +160,7 @@ def _constants(
                 "stand for it; prune with absorb=None, or drive it to zero with ScheduledDecay"
             )
         found[name] = (axis, torch.where(gone, low, 0))
-    return found
+    return found, watch
 
 
 def _carry(
@@ -201,11 +239,14 @@ def _fold(
 
 
 @torch.no_grad()
-def _into_biases(graph: ChannelGraph, constants: Constants, tensors: dict[str, Tensor]) -> None:
+def _into_biases(
+    graph: ChannelGraph, constants: Constants, tensors: dict[str, Tensor], spread: dict[str, int]
+) -> None:
     for name, (axis, value) in constants.items():
         weight = tensors[name].movedim(axis, 1) if axis != 1 else tensors[name]
         groups = value.shape[0]
         kernel = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
+        kernel = kernel / spread.get(name, 1)
         said = (kernel.view(groups, -1, kernel.shape[1]) * value[:, None]).sum(2).flatten()
         if not said.any():
             continue
