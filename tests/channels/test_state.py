@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import masksparsity as ms
 
@@ -72,6 +73,29 @@ def test_what_forward_writes_to_parameters_is_undone(name):
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
     assert model.b.weight.data_ptr() == where
+
+
+def test_what_an_operation_writes_beside_its_input_is_undone():
+    on = torch.ones(1, dtype=torch.long)
+    model = Middle(
+        lambda s, x: torch.fused_moving_avg_obs_fake_quant(
+            x, on, on, *(s.get_buffer(name) for name in observed), 0.01, 0, 255, 0
+        )
+    )
+    observed = {"low": torch.zeros(1), "high": torch.ones(1), "scale": torch.ones(1), "zero": on}
+    for name, value in observed.items():
+        model.register_buffer(name, value.int() if name == "zero" else value.clone())
+    ms.trace(model, torch.randn(2, 3, 4, 4))
+    assert all(torch.equal(model.get_buffer(name), value) for name, value in observed.items())
+
+
+def test_a_buffer_that_repeats_its_values_is_traced_in_training_too():
+    model = Middle(lambda s, x: F.conv2d(x, s.blur, groups=x.shape[1])).double()
+    model.register_buffer("blur", torch.full((1, 1, 2, 2), 0.25).double().expand(8, 1, 2, 2))
+    x = torch.randn(2, 3, 4, 4).double()
+    graph = ms.trace(model, x)
+    assert [g.size for g in graph.prunable] == [8]
+    exact(model, x, graph)
 
 
 def another(s: nn.Module, x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Operations(TorchDispatchMode):
     def __init__(self, tracer: Tracer):
         super().__init__()
         self.tracer = tracer
-        self._known: dict[int, tuple[Rule | None, str, bool, bool]] = {}
+        self._known: dict[int, tuple[Rule | None, str, bool, tuple[int, ...]]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -53,7 +53,7 @@ class Operations(TorchDispatchMode):
         if known is None:
             known = self._known[id(func)] = self._look_up(func)
         rule, operation, inplace, writes = known
-        given = self._before(func, operation, args, kwargs) if writes else args
+        given = self._before(func, operation, writes, args, kwargs) if writes else args
         try:
             out = stand_in(*args) if func is CONVOLUTION and tracer.made_up else None
             if out is None:
@@ -80,35 +80,36 @@ class Operations(TorchDispatchMode):
         tracer.sources.follow(operation, inplace, tracer.origins, recorded, args, out)
         return out
 
-    def _before(self, func: Any, operation: str, args: Any, kwargs: Any) -> Any:
+    def _before(
+        self, func: Any, operation: str, writes: tuple[int, ...], args: Any, kwargs: Any
+    ) -> Any:
         """An operation is about to write, or to hand out an alias: keep what may be overwritten of
         the model's own, and what its rule has to know of a tensor that changes shape in place."""
-        written = args[:1]
+        written = [args[k] for k in writes if k < len(args)]
         if "batch_norm" in operation:
-            written = args[3:5] if args[5] else ()  # statistics, while training
-        elif args and isinstance(args[0], (list, tuple)):
-            written = args[0]
+            written = args[3:5] if args[5] else []  # statistics, while training
         for x in (*written, *kwargs.values()):
-            if isinstance(x, Tensor):
-                self.tracer.memory.spare(root(x))
-                if operation != "copy" and operation not in PLACING:
-                    self.tracer.memory.overwrite(x)
+            for tensor in x if isinstance(x, (list, tuple)) else (x,):
+                if isinstance(tensor, Tensor):
+                    self.tracer.memory.spare(root(tensor))
+                    if operation != "copy" and operation not in PLACING:
+                        self.tracer.memory.overwrite(tensor)
         if torch.Tag.inplace_view not in func.tags:
             return args
         before = args[0].detach()
         self.tracer.set(before, self.tracer.labels(args[0]))
         return before, *args[1:]
 
-    def _look_up(self, func: Any) -> tuple[Rule | None, str, bool, bool]:
+    def _look_up(self, func: Any) -> tuple[Rule | None, str, bool, tuple[int, ...]]:
         base, inplace, writes, into = _schema(func)
         # `out=`: others may view it.
         return None if into else self.tracer.rules.get(base), base, inplace, writes
 
 
 @functools.cache
-def _schema(func: Any) -> tuple[str, bool, bool, bool]:
-    """Of an operation: its name without suffix; whether it writes in place; whether it writes, or
-    hands out an alias which may be written to later; whether it has an `out=`.
+def _schema(func: Any) -> tuple[str, bool, tuple[int, ...], bool]:
+    """Of an operation: its name without suffix; whether it writes in place; the arguments that it
+    writes to, or hands out aliases of which may be written to later; whether it has an `out=`.
 
     Cached, since a trace would spend milliseconds on reading the schemas of a dozen operations.
     """
@@ -116,9 +117,11 @@ def _schema(func: Any) -> tuple[str, bool, bool, bool]:
     inplace = mutable and name.endswith("_") and not name.endswith("__")
     base = name.removeprefix("aten::")
     base = base[:-1] if inplace else base
-    into = any(a.is_out for a in func._schema.arguments)
+    arguments = func._schema.arguments
+    into = any(a.is_out for a in arguments)
     writes = mutable or base in ("detach", "alias") or "batch_norm" in base
-    return base, inplace, writes, into
+    places = [k for k, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+    return base, inplace, tuple(places or [0]) if writes else (), into
 
 
 def run(
@@ -211,7 +214,6 @@ def _run_training(
     tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, seed: int
 ) -> bool | None:
     """Is it worth another one? None if it failed."""
-    buffers = [(t, t.clone()) for t in tracer.tensors.values() if not isinstance(t, nn.Parameter)]
     t = tracer
     kept = (t.edges, t.pins, t.records, t.products, t.swallowed, t.cuts)
     lengths = [len(part) for part in kept]
@@ -227,6 +229,3 @@ def _run_training(
         return None
     finally:
         del tracer.products[lengths[3] :]  # costs are those of inference
-        with torch.no_grad():
-            for tensor, value in buffers:
-                tensor.copy_(value)
