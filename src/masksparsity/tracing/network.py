@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import MaskSparsityError
+from .findings import extents
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -50,6 +51,9 @@ def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     for tensor in kept_by(model.modules()):
         if not tensor.is_leaf:
             memo.setdefault(id(tensor), tensor.detach().clone())
+    for buffer in model.buffers():
+        if extents(buffer) != [*buffer.shape]:  # expanded: one value cannot become zero alone
+            memo.setdefault(id(buffer), buffer.clone(memory_format=torch.contiguous_format))
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
