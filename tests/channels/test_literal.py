@@ -56,6 +56,19 @@ def test_a_size_in_an_attribute_follows():
     exact(model, x, graph)
 
 
+def test_an_attribute_of_the_same_number_that_is_no_width_stays():
+    def operation(s: nn.Module, x: Tensor) -> Tensor:
+        x = F.max_pool2d(x, 2) if x.shape[2] > s.size else x
+        return x.view(len(x), s.inter, -1).mean(2)
+
+    model = Literal(operation, 24).double()
+    model.size, model.classes = 24, 24
+    graph = ms.trace(model, x := torch.randn(2, 3, 8, 8, dtype=torch.double))
+    slim = ms.prune(model, graph, ms.KeepMask(graph, {"b": torch.arange(24) < 10}))
+    assert (slim.size, slim.classes, slim.inter) == (24, 24, 10)
+    exact(model, x, graph)
+
+
 class Attending(nn.Module):
     """`nn.MultiheadAttention` divides what comes in by its heads; queries are not the values."""
 

@@ -159,11 +159,38 @@ def _settle(
         if not changed:
             raise
         prove(as_proved(slim), graph, keep)
+        _leave_the_needless(model, slim, changed, lambda: prove(as_proved(slim), graph, keep))
         _compare(masked, slim, graph)
         known = getattr(slim, WRITTEN_DOWN, {})
         names = {*known, *changed}
         merged = {name: {**known.get(name, {}), **changed.get(name, {})} for name in names}
         setattr(slim, WRITTEN_DOWN, merged)
+
+
+def _leave_the_needless(
+    model: nn.Module,
+    slim: nn.Module,
+    changed: dict[str, dict[str, Any]],
+    proved: Callable[[], None],
+) -> None:
+    """An attribute may have had a length by chance: those that need not follow are as they were."""
+    alike: dict[tuple[type, str], list[str]] = {}
+    for name, values in changed.items():
+        for attribute in values:
+            alike.setdefault((type(slim.get_submodule(name)), attribute), []).append(name)
+    for (_, attribute), names in alike.items() if len(alike) > 1 else ():
+        modules = [(slim.get_submodule(name), model.get_submodule(name)) for name in names]
+        followed = [getattr(module, attribute) for module, _ in modules]
+        for module, before in modules:
+            setattr(module, attribute, getattr(before, attribute))
+        try:
+            proved()
+        except Refusal:
+            for (module, _), value in zip(modules, followed, strict=True):
+                setattr(module, attribute, value)
+        else:
+            for name in names:
+                del changed[name][attribute]
 
 
 def _as_it_is(net: nn.Module) -> nn.Module:
