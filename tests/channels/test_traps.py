@@ -57,6 +57,8 @@ OPERATIONS = {
     "item": lambda x: x * x.max().item(),
     "std": lambda x: x / x.std(),
     "numel": lambda x: x / x.numel(),
+    "seeded": lambda x: x * (1 + torch.rand(x.shape[1], 1, 1, generator=_seeded()).to(x)),
+    "power": lambda x: x * x.square().mean((2, 3), keepdim=True).pow(torch.tensor(-0.25).to(x)),
     "len": lambda x: x * len(x[0]),
     "pad": lambda x: F.pad(x, (0, 0, 0, 0, 0, 2))[:, :8],
     "padrep": lambda x: F.pad(x, (1, 1, 1, 1), value=2.0),
@@ -155,6 +157,10 @@ OPERATIONS = {
     "gate sum": lambda x: x * torch.sigmoid(x.sum(1, keepdim=True)),
     "max c": lambda x: x * torch.sigmoid(x.amax(1, keepdim=True)),
 }
+
+
+def _seeded():
+    return torch.Generator().manual_seed(5)
 
 
 def _written(x, write):

@@ -193,8 +193,8 @@ def _between(flags: list[bool], args: Any) -> bool:
 
 
 def _of_power(args: Any) -> Any:
-    negative = isinstance(args[1], (int, float)) and args[1] < 0
-    return args[0] if negative else None
+    negative = args[1] < 0 if isinstance(args[1], (int, float, Tensor)) else False
+    return args[0] if bool(torch.as_tensor(negative).any()) else None
 
 
 def _divide(flags: list[bool], args: Any) -> bool:

@@ -142,7 +142,11 @@ def lift(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool)
 
 
 def blank(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
-    """Made from nothing but sizes and a number."""
+    """Made from nothing but sizes and a number; noise of a generator of its own may be the same
+    each time, and each channel's another."""
+    if kwargs.get("generator") is not None:
+        t.unknown(args, kwargs, out)
+        return
     t.memory.make(out, "zeros" in op or (0 in numbers(args) and not t.decided))
 
 
