@@ -41,6 +41,15 @@ def test_batches_of_several_inputs(batch):
     torch.testing.assert_close(model.norm.running_mean, (x + y).mean(0))
 
 
+def test_a_batch_that_fails_changes_nothing():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    model(torch.randn(8, 3))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match="expected 2D or 3D input"):
+        ms.recalibrate(model, [(torch.randn(8, 3),), (torch.randn(8, 3, 2, 2),)])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
 def test_no_batches_change_nothing():
     model = nn.Sequential(nn.BatchNorm1d(3))
     model[0].running_mean += 1

@@ -44,6 +44,14 @@ def test_algebra(graph, seeds):
     assert graph.cost(a & b).macs <= graph.cost(a).macs <= graph.cost().macs
 
 
+def test_iou_of_what_has_no_norms():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 4, 1))
+    graph = ms.trace(model, torch.randn(1, 3, 4, 4))
+    keep = ms.KeepMask(graph, {"0": torch.arange(8) < 4})
+    other = ms.KeepMask(graph, {"0": torch.arange(8) < 6})
+    assert (keep.iou(~keep), keep.iou(other)) == (0, 0.5)
+
+
 @given(seed=st.integers(0, 999))
 def test_norms_and_back(graph, seed):
     keep = random_mask(graph, seed)

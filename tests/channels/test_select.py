@@ -167,6 +167,30 @@ def test_taylor_leaves_the_model_alone(bound):
     assert scores.keys() == ms.scores.scale(model, graph).keys()
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+    with torch.no_grad():
+        assert ms.scores.taylor(model, graph, [batch, batch])["conv1"].equal(scores["conv1"])
+    with pytest.raises(ms.MaskSparsityError, match="no batches to measure on"):
+        ms.scores.taylor(model, graph, [])
+    plain = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 4, 1))
+    with pytest.raises(ms.MaskSparsityError, match=r"no BatchNorm scale.*use scores\.norm"):
+        ms.scores.taylor(plain, ms.trace(plain, batch[0]), [batch])
+
+
+def test_what_comes_back_keeps_a_multiple(bound):
+    """Of the trunk, which the network cannot do without, nothing was to stay."""
+    _, graph = bound
+    scores = {g.name: torch.zeros(g.size) for g in graph.prunable}
+    keep = ms.select.threshold(graph, scores, 0.01, min_keep=0, round_to=4)
+    assert int(keep["conv1"].sum()) == 4
+    assert all(int(v.sum()) % 4 == 0 for n, v in keep.items() if n != "linear")
+
+
+def test_scores_in_double_precision_are_told_apart(bound):
+    _, graph = bound
+    for unit in (1e-60, 1e60):
+        scores = {g.name: unit * torch.arange(1.0, 1 + g.size).double() for g in graph.prunable}
+        keep = ms.select.uniform(graph, scores, 0.5)
+        assert keep["conv1"].tolist() == [False] * 8 + [True] * 8
 
 
 def test_mistakes_are_named(bound):

@@ -340,3 +340,17 @@ def test_tied_layers_go_together():
         ms.trace(model, x, tie=(("layer1.0.conv1", "layer2.0.conv1"),))
     with pytest.raises(ms.MaskSparsityError, match="'layer9'"):
         ms.trace(model, x, tie=(("layer9", "layer1.0.conv1"),))
+
+
+def test_costs_are_of_one_example_whatever_comes_first():
+    class Timed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, t, x):
+            return self.b(self.a(x) * t[:, None, None, None])
+
+    costs = [ms.trace(Timed(), (torch.rand(n), torch.rand(n, 3, 4, 4))).cost() for n in (1, 3)]
+    assert costs[0] == costs[1]
+    assert costs[0].macs == 16 * (24 + 32)

@@ -17,7 +17,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     A batch is a tensor of inputs, a dict of keyword inputs, or a sequence that begins with the
     inputs, as loaders give it; a tuple in that place stands for several. Returns the number of
     batches. Other modules stay in eval mode meanwhile; modes are restored.
-    A layer that sees its batch more than once in a forward counts each time.
+    A layer that sees its batch more than once in a forward counts each time. Where a forward or
+    the loader fails, the statistics are as they were.
     """
     norms = [
         m
@@ -26,6 +27,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     ]
     modes = [(m, m.training) for m in model.modules()]
     momenta = [norm.momentum for norm in norms]
+    before = [(b, b.clone()) for norm in norms for b in norm.buffers(recurse=False)]
     count = 0
     try:
         model.eval()
@@ -40,6 +42,10 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
             args, kwargs = arguments((inputs,) if isinstance(inputs, list) else inputs)
             model(*args, **kwargs)
             count += 1
+    except BaseException:
+        for buffer, value in before:
+            buffer.copy_(value)
+        raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

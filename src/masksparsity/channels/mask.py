@@ -147,10 +147,10 @@ class KeepMask(Mapping[str, Tensor]):
         """The nearest mask that respects the graph's constraints: removed channels come back,
         those of the highest score first, where a piece has to be as long as others, and one of a
         group that the network cannot do without."""
-        values = torch.zeros(self.graph.units)
+        values = torch.zeros(self.graph.units, dtype=torch.float64)
         for group in self.graph.groups:
             if scores is not None and group.name in scores:
-                values[group.start : group.start + group.size] = scores[group.name].float()
+                values[group.start : group.start + group.size] = scores[group.name].double()
         mask = self._with(repair(self.graph.constraints, self.units, values))
         while (missed := self.graph.branches.missed(mask.kept)).any():
             for k in missed.nonzero().squeeze(1).tolist():
@@ -162,12 +162,18 @@ class KeepMask(Mapping[str, Tensor]):
         return mask
 
     def iou(self, other: "KeepMask") -> float:
-        """Intersection over union of the pruned sets, counted per BatchNorm channel."""
+        """Intersection over union of the pruned sets, counted per BatchNorm channel; per unit
+        where no BatchNorm loses any."""
         self._same_graph(other)
-        ours, theirs = self.by_norm(), other.by_norm()
-        both = sum(int((~ours[n] & ~theirs[n]).sum()) for n in ours)
-        either = sum(int((~ours[n] | ~theirs[n]).sum()) for n in ours)
-        return both / either if either else 1.0
+        norms = zip(self.by_norm().values(), other.by_norm().values(), strict=True)
+        for pairs in ([*norms], [(self.units, other.units)]):
+            both, either = (
+                sum(int((~f(a, b)).sum()) for a, b in pairs)
+                for f in (torch.logical_or, torch.logical_and)
+            )
+            if either:
+                return both / either
+        return 1.0
 
     def __and__(self, other: "KeepMask") -> "KeepMask":
         """Stays if it stays in both."""

@@ -47,17 +47,28 @@ def taylor(
     reduce: str = "sum",
 ) -> Scores:
     """First-order change of the loss when a channel's scale goes to zero: (gamma dL/dgamma)^2,
-    averaged over batches of (images, labels) (arXiv 1906.10771). Leaves the model's gradients,
-    mode and buffers as they were."""
+    summed over batches of (images, labels) (arXiv 1906.10771). Leaves the model's gradients,
+    mode and buffers as they were.
+
+    Raises:
+        MaskSparsityError: without batches, or scales that take gradients.
+    """
     tensors = _tensors(model, graph)
     scales = {n.weight: tensors[n.weight] for n in graph.norms if tensors[n.weight].requires_grad}
+    if not scales:
+        raise MaskSparsityError(
+            "scores.taylor: no BatchNorm scale of this model takes gradients; use scores.norm"
+        )
+    measured = False
     total = {name: torch.zeros_like(scale) for name, scale in scales.items()}
     modes = [(m, m.training) for m in model.modules()]
     try:
         for m, _ in modes:
             m.training = False
         for images, labels in batches:
-            value = loss(model(images), labels)
+            measured = True
+            with torch.enable_grad():
+                value = loss(model(images), labels)
             gradients = torch.autograd.grad(value, list(scales.values()), allow_unused=True)
             for (name, gamma), gradient in zip(scales.items(), gradients, strict=True):
                 if gradient is not None:
@@ -65,13 +76,15 @@ def taylor(
     finally:
         for m, training in modes:
             m.training = training
+    if not measured:
+        raise MaskSparsityError("scores.taylor: no batches to measure on")
     return _collect(graph, {(name, 0): value for name, value in total.items()}, reduce)
 
 
 def _collect(graph: ChannelGraph, parts: dict[tuple[str, int], Tensor], reduce: str) -> Scores:
     if reduce not in _REDUCE:
         raise MaskSparsityError(f"reduce={reduce!r}: use one of {', '.join(_REDUCE)}")
-    score = torch.zeros(graph.units)
+    score = torch.zeros(graph.units, dtype=torch.float32)
     seen = torch.zeros(graph.units, dtype=torch.bool)
     found = [(graph.slots[slot], value) for slot, value in parts.items() if slot in graph.slots]
     if found:

@@ -83,9 +83,9 @@ class _Ranking:
                 raise MaskSparsityError(
                     f"scores of {group.name}: expected {group.size} finite numbers"
                 )
-        self.scores = {g.name: scores[g.name].float() for g in self.groups}
+        self.scores = {g.name: scores[g.name].double() for g in self.groups}
         if kept is not None:  # what is gone already does not come back
-            lowest = torch.finfo(torch.float32).min
+            lowest = torch.finfo(torch.float64).min
             self.scores = {n: s.masked_fill(~kept[n], lowest) for n, s in self.scores.items()}
         # Position of every unit among its group's, best first.
         self.order = {
@@ -102,6 +102,9 @@ class _Ranking:
                 group.size, math.ceil(n / self.round_to) * self.round_to
             )
         mask = KeepMask(self.graph, kept).repaired(self.scores)
+        while back := [n for n, k in kept.items() if not k.any() and mask[n].any()]:
+            kept |= {n: self.order[n] < self.round_to for n in back}
+            mask = KeepMask(self.graph, kept).repaired(self.scores)
         while not mask.kept.all() and (unheard := self.graph.branches.unheard(mask.kept)).any():
             names = [self.graph.groups[k].name for k in unheard.nonzero().flatten().tolist()]
             useless = {name for name in names if self.least.get(name, 1) == 0}

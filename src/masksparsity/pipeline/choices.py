@@ -26,12 +26,13 @@ def choose_mask(
     config: MaskConfig,
     model: nn.Module,
     graph: ms.ChannelGraph,
-    batches: Callable[[], Batches] = tuple,
+    batches: Callable[[], Batches] | None = None,
 ) -> ms.KeepMask:
     """The mask that is given, or the one that `config` asks for on the scores of `model`.
 
     Args:
-        batches: gives images and labels of this process, for scores that need them.
+        batches: gives images and labels of this process, for scores that need them. Without,
+            these are stood in for: a budget is met by other channels then.
     """
     if config.file:
         return read_mask(config.file, graph)
@@ -70,15 +71,15 @@ def _scores(
     config: MaskConfig,
     model: nn.Module,
     graph: ms.ChannelGraph,
-    batches: Callable[[], Batches],
+    batches: Callable[[], Batches] | None,
     kept: ms.KeepMask | None = None,
 ) -> ms.scores.Scores:
     """What the channels are worth, or would be if only those of a mask were there."""
     if kept is not None and not kept.units.all():
         model = ms.apply_mask(model, graph, kept)
-    if config.scores != "taylor":
-        scores: ms.scores.Scores = getattr(ms.scores, config.scores)(model, graph)
-        return scores
+    if config.scores != "taylor" or batches is None:
+        score = ms.scores.scale if config.scores == "scale" else ms.scores.norm
+        return score(model, graph)
     device = next(model.parameters()).device
     shares = ms.scores.taylor(model, graph, batches())
     return {name: dist.sum_(share.to(device)).cpu() for name, share in shares.items()}

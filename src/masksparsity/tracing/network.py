@@ -176,9 +176,9 @@ def _is_users(function: Any) -> bool:
 
 
 def batch_size(args: tuple, kwargs: dict) -> int:
-    """The length of the first axis of the first input tensor."""
-    first = next(tensors_in((args, kwargs)), None)
-    return max(1, first.shape[0]) if first is not None and first.ndim > 1 else 1
+    """The length of the first axis of the first input tensor that has another one."""
+    lengths = (x.shape[0] for x in tensors_in((args, kwargs)) if x.ndim > 1)
+    return max(1, next(lengths, 1))
 
 
 def at_least_two(x: Any) -> Any:
