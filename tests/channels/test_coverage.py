@@ -138,6 +138,7 @@ EXACT = {
                             w=nn.Linear(16, 16)), 16),
     "weight norm": (lambda: parametrizations.weight_norm(conv(16, 16, 3)), 16),
     "transposed, in groups": (lambda: nn.ConvTranspose2d(16, 16, 2, groups=4), 16),
+    "transposed, depthwise": (lambda: nn.ConvTranspose2d(16, 16, 4, 2, 1, groups=16), 16),
     "depthwise, three each": (lambda: conv(16, 48, 3, groups=16), 48),
     "cached": (Cached, 16),
 }  # fmt: skip

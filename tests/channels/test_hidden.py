@@ -27,6 +27,10 @@ PARAMETERS = {
     ),
     "pooled": lambda: Middle(lambda s, x: x + s.p.mean((2, 3), keepdim=True), p=row(1, 8, 3, 3)),
     "summed": lambda: Middle(lambda s, x: x + s.p.sum(0)[:, None, None], p=row(5, 8)),
+    "divisor": lambda: Middle(lambda s, x: x / s.p[:, None, None], p=row(8)),
+    "on the last axis": lambda: Middle(
+        lambda s, x: (x.movedim(1, 3) * s.p).movedim(3, 1), p=row(1, 1, 1, 8)
+    ),
     "chosen": lambda: Middle(lambda s, x: torch.where(x > 0, x, s.p), p=row(8, 1, 1)),
     "maximum": lambda: Middle(lambda s, x: torch.maximum(x, s.p), p=row(8, 1, 1)),
     "table": lambda: Middle(
@@ -61,6 +65,16 @@ def test_parameters_on_their_way_are_producers(name):
     exact(model, x, graph)
     assert ms.scores.norm(model, graph).keys() <= {g.name for g in graph.prunable}
     assert name.startswith("write") or graph.prunable
+
+
+def test_a_divisor_that_is_a_factor_elsewhere_is_protected():
+    x = torch.randn(2, 3, 6, 6, dtype=torch.double)
+    model = calibrated(
+        Middle(lambda s, x: (x / s.p[:, None, None]) + s.p[:, None, None], p=row(8)), x
+    )
+    graph = ms.trace(model, x)
+    assert not graph.prunable
+    assert "something is divided by it" in str(graph)
 
 
 COMPUTED = {

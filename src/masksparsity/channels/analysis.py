@@ -91,7 +91,7 @@ def _trace(
         _follow(tracer, model, args, kwargs, theirs)
     protect_units(tracer)
     _protect_scripts(tracer)
-    spoilt = tracer.spoilt.keys() & tracer.producers
+    spoilt = tracer.spoilt.keys() & tracer.producers & tracer.slots.keys()
     tracer.pins += [(tracer.slots[slot], tracer.spoilt[slot]) for slot in sorted(spoilt)]
     for name in protect:
         tracer.operation = "protect="

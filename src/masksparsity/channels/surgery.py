@@ -287,6 +287,8 @@ def _conv(old: Any, new: Any) -> None:
 
 
 def _conv_transpose(old: Any, new: Any) -> None:
+    if old.groups == old.in_channels == old.out_channels:  # depthwise
+        new.groups = new.weight.shape[0]
     new.in_channels, new.out_channels = new.weight.shape[0], new.weight.shape[1] * new.groups
 
 

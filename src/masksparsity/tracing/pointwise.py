@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .findings import aside
-from .labels import Labels
+from .labels import NOTHING, Labels
 from .tracer import Rule, Tracer
 
 
@@ -29,11 +29,17 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
             t.memory.blank(out, bool(tensors) and all(map(t.memory.is_blank, tensors)))
             return
         t.record(labels, aside(out, labels))
-        t.expose(labels)
         if op in _POLES:
             pole = _POLES[op](args)
-            if isinstance(pole, Tensor):  # whatever is made of it: 0 times infinity is not zero
-                t.pin([m for m in t.labels(pole) if m.clean], "infinite at zero")
+            zeros = [m for m in t.labels(pole) if m.clean] if isinstance(pole, Tensor) else []
+            if len(tensors) > 1 and all(m.sources for m in zeros):
+                # A divisor of the model's own need not become zero.
+                t.spoil(zeros, "something is divided by it")
+                found = [_divisor(ms) if x is pole else ms
+                         for x, ms in zip(tensors, found, strict=True)]  # fmt: skip
+            else:  # whatever is made of it: 0 times infinity is not zero
+                t.pin(zeros, "infinite at zero")
+        t.expose(m for ms in found for m in ms)
         if len(tensors) == 1:
             result = [Labels(m.ids, m.axes, zero([m.clean], args)) for m in labels]
         elif len(args) == 2 and _alike(found):
@@ -48,6 +54,10 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
         t.set(out, result, inplace)
 
     return apply
+
+
+def _divisor(found: tuple[Labels, ...]) -> tuple[Labels, ...]:
+    return tuple(m._replace(clean=False, sources=NOTHING) for m in found)
 
 
 def _alike(found: list[tuple[Labels, ...]]) -> bool:
@@ -68,13 +78,14 @@ def _unbounded(t: Tracer, op: str, args: Sequence[Any], kwargs: Any) -> bool:
                 return True
             continue
         found = t.labels(x)
-        if found and id(x) not in t.names and all(m.clean for m in found):
+        own = any(m.sources for m in found)
+        if found and not own and all(m.clean for m in found):
             continue
         t.mattered |= x is pole and id(x) not in t.names
         if x.layout != torch.strided or not bool(x.isfinite().all()):
             t.mattered = True
             return True
-        if x is pole and not found and not bool(x.all()):
+        if x is pole and (own or not found) and not bool(x.all()):
             return True
     return False
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import cuts, joining, movement, places, pointwise, recurrent, reshape, space, writing
 from .labels import Labels, Norm, Product, Slot
-from .tracer import FOLD, Rule, Tracer
+from .tracer import FOLD, WRITTEN_TO, Rule, Tracer
 
 RULES: dict[str, Rule] = {
     **movement.RULES,
@@ -61,7 +61,12 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
     if groups > 1:
         inputs = ids.view(groups, -1)[0] if shape[1] > 1 else torch.zeros(1, dtype=torch.int64)
         t.cut(t.along(ids, 1, 2), ())
-    if transposed:
+    lone = transposed and groups == shape[0] > shape[1] == 1
+    if lone and not any(1 in m.axes for m in t.labels(weight)):  # depthwise, also when traced
+        outputs, sources, clean = t.out_ids(weight, 0)
+        t.unite(outputs, ids)
+        into = 1
+    elif transposed:
         t.meet(weight, into, ids)  # [I, O/g, ...]: each index of the input axis is one channel
         per_group, sources, clean = t.out_ids(weight, outof)
         outputs = per_group.repeat(groups)
@@ -274,7 +279,10 @@ def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
     if args[5] and not seen.clean:  # while training it writes statistics of what does not vanish
         for tensor in statistics:
             if isinstance(tensor, Tensor):
-                t.spoil(tensor)
+                found = t.labels(tensor)
+                t.spoil(found, WRITTEN_TO)
+                if id(tensor) not in t.names:
+                    t.set(tensor, [m._replace(clean=False) for m in found])
     makers = [n for n, _ in seen.sources if (n, 1) in t.consumers]
     if len(makers) == 1 and statistics[0] is not None and id(statistics[0]) in t.names:
         t.behind[makers[0]] = t.names[id(statistics[0])]

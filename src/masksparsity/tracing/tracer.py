@@ -23,7 +23,7 @@ from .origins import ORIGIN, WRITTEN, Origins
 _DECIDING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
 _LABELS = "_masksparsity_labels"
 FOLD = "fold it first, with remove_parametrizations, remove_weight_norm or remove_spectral_norm"
-_WRITTEN = "a parameter or buffer is written in forward"
+WRITTEN_TO = "a parameter or buffer is written in forward"
 
 Rule = Callable[["Tracer", str, Any, Any, Any, bool], None]
 """`rule(tracer, operation, args, kwargs, out, inplace)`, called after the operation ran."""
@@ -124,7 +124,7 @@ class Tracer(Findings):
         if inplace and id(out) in self.names:
             # Such as running statistics: where zero stays zero, later forwards find what they know.
             lost = [m for m in labels if not m.clean]
-            self.pin(lost, _WRITTEN)
+            self.pin(lost, WRITTEN_TO)
             return
         if inplace and is_viewed(out):
             # Others see the same memory and still believe that its zeros stay zero.
@@ -132,13 +132,10 @@ class Tracer(Findings):
         if labels or self.is_labelled(out):
             setattr(out, _LABELS, (self.token, labels))
 
-    def spoil(self, tensor: Tensor) -> None:
-        """Values that are not zero where their producers are have been written to a tensor."""
-        name = self.names.get(id(tensor))
-        if name is None:
-            self.set(tensor, [m._replace(clean=False) for m in self.labels(tensor)])
-        elif (slot := (name, 0)) in self.slots:
-            self.spoilt[slot] = Reason(_WRITTEN, self.operation, self.module)
+    def spoil(self, labels: Iterable[Labels], why: str) -> None:
+        """Channels are protected if those that own these have to be zero."""
+        slots = frozenset().union(*(m.sources for m in labels))
+        self.spoilt |= dict.fromkeys(slots, Reason(why, self.operation, self.module))
 
     def assigned(self) -> None:
         """Parameters and buffers that forward has put others in the place of: as if it had
@@ -152,7 +149,7 @@ class Tracer(Findings):
                 if now.shape == was.shape:
                     self.rules["copy"](self, self.operation, (was, now), {}, was, True)
                 else:
-                    self.pin(self.labels(now), _WRITTEN)
+                    self.pin(self.labels(now), WRITTEN_TO)
         self.stack[-1] = ""
 
     def read(
@@ -283,12 +280,14 @@ class Tracer(Findings):
                 delattr(tensor, key)
 
     def _labelled(self, slot: Slot) -> bool:
-        # Of weights with a kernel only the two channel axes; an axis of size 1 broadcasts.
+        # Of weights with a kernel only the two channel axes; an axis of size 1 broadcasts. What
+        # varies along one axis alone, as a scale does, has no kernel.
         if self.given:
             return slot in self.slots
         name, axis = slot
         tensor, shape = self.tensors[name], self.shapes[name]
-        return shape[axis] > 1 and (axis < 2 or len(shape) == 3) and tensor.is_floating_point()
+        channels = axis < 2 or len(shape) == 3 or shape[axis] == shape.numel()
+        return shape[axis] > 1 and channels and tensor.is_floating_point()
 
     def untouched(self) -> tuple[str, ...]:
         """The parameters that no operation used."""
