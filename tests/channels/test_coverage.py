@@ -134,6 +134,7 @@ EXACT = {
     "attention, width -1": (lambda: Attention(16, 2, literal=False), 16),
     "attention, width written down": (lambda: Attention(16, 2, literal=True), 16),
     "fused attention": (lambda: Attention(16, 2, literal=True, fused=True), 16),
+    "by the sum of all": (lambda: Call(lambda m, x: x / (1 + x.abs().sum().item())), 16),
     "einsum": (lambda: Call(lambda m, x: torch.einsum("bchw,dc->bdhw", x, m.w.weight),
                             w=nn.Linear(16, 16)), 16),
     "weight norm": (lambda: parametrizations.weight_norm(conv(16, 16, 3)), 16),

@@ -83,7 +83,12 @@ class Findings:
 def numbers(args: Iterable[Any]) -> tuple[Any, ...]:
     """Python's numbers and words among the arguments of an operation: they may follow from a width,
     and then change with it. Sizes, which come in lists, follow by right."""
-    return tuple([a for a in args if isinstance(a, (int, float, complex, str))])
+    return tuple([rounded(a) for a in args if isinstance(a, (int, float, complex, str))])
+
+
+def rounded(number: Any) -> Any:
+    """To fewer digits than may depend on the order of a sum."""
+    return float(f"{number:.9g}") if type(number) is float else number
 
 
 def aside(out: Tensor, labels: Iterable[Labels]) -> list[int]:

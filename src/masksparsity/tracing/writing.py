@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import pointwise
-from .findings import numbers
+from .findings import numbers, rounded
 from .labels import ANONYMOUS, Labels
 from .memory import Canvas, is_viewed, root
 from .tracer import Rule, Tracer
@@ -135,7 +135,7 @@ def lift(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool)
     if len(flat) > _FEW and not out.is_complex():  # their sum, and one that tells their order
         flat = flat.double()
         flat = torch.stack([flat.sum(), flat @ torch.arange(1, len(flat) + 1).to(flat)])
-    values = [x.item() for x in flat]
+    values = [rounded(x.item()) for x in flat]
     t.record((), values)
     if not out.ndim:
         t.memory.make(out, values == [0] and not t.decided)
