@@ -354,3 +354,8 @@ def test_costs_are_of_one_example_whatever_comes_first():
     costs = [ms.trace(Timed(), (torch.rand(n), torch.rand(n, 3, 4, 4))).cost() for n in (1, 3)]
     assert costs[0] == costs[1]
     assert costs[0].macs == 16 * (24 + 32)
+
+
+def test_a_norm_of_one_channel_is_used():
+    layers = nn.Conv2d(3, 1, 1), nn.BatchNorm2d(1), nn.GroupNorm(1, 1), nn.Conv2d(1, 4, 1)
+    assert ms.trace(nn.Sequential(*layers), X).unused == ()

@@ -207,6 +207,7 @@ class Tracer(Findings):
             self.record((m,) if m else ())
             self.unite(lying, ids)
             return
+        self.touched.add(name)
         slot = (name, axis)
         own = self.slots.get(slot)
         if own is None and self._labelled(slot):
