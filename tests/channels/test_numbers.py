@@ -1,5 +1,6 @@
 """Numbers, words and places that follow from a width: exact, protected or refused, never wrong."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,31 @@ def width(x: Tensor, *pair):
     return pair[x.shape[1] < 8]
 
 
+def filled(x: Tensor, tensor: Tensor, memory: np.ndarray) -> Tensor:
+    """Times the width, which comes in where no operation sees it."""
+    memory[...] = x.shape[1]
+    return x * tensor
+
+
+def shown(x: Tensor) -> Tensor:
+    return filled(x, t := torch.zeros(1, dtype=x.dtype), t.numpy())
+
+
+def held(x: Tensor) -> Tensor:
+    return filled(x, torch.from_numpy(memory := np.zeros(1)), memory)
+
+
+def shared(x: Tensor) -> Tensor:
+    return filled(x, torch.as_tensor(memory := np.zeros(1)), memory)
+
+
 NUMBERS = {
+    "in memory that is shown": shown,
+    "in memory that is held": held,
+    "in memory that is shared": shared,
+    "in bytes": lambda x: x * torch.frombuffer(bytearray([x.shape[1]]), dtype=torch.uint8),
+    "by a package": lambda x: x * torch.from_dlpack(np.array([float(x.shape[1])])),
+    "by a function": lambda x: x * x.new_zeros(1).apply_(lambda _: x.shape[1]),
     "alpha of add": lambda x: torch.add(x, x.relu(), alpha=x.shape[1]),
     "alpha of sub": lambda x: torch.sub(x, x.relu(), alpha=1 / x.shape[1]),
     "alpha of addmm": lambda x: torch.addmm(

@@ -12,9 +12,15 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .labels import Reason
+from .memory import root
 from .tracer import Tracer
 
-_WAYS_OUT = ("numpy", "__array__", "tolist", "data_ptr", "__dlpack__", "untyped_storage")
+_SHOWING = ("numpy", "__array__", "data_ptr", "__dlpack__", "untyped_storage")
+_WAYS_OUT = (*_SHOWING, "tolist")
+_FILLING: dict[Any, tuple[str, ...]] = {
+    Tensor: (*_SHOWING, "apply_", "map_", "map2_"),
+    torch: ("from_numpy", "as_tensor", "asarray", "frombuffer", "from_dlpack"),
+}
 _LEAVING = frozenset(getattr(Tensor, name) for name in _WAYS_OUT)
 LEFT = "values leave PyTorch"
 _ALONE = threading.RLock()  # patches are the whole process's: one forward at a time has them
@@ -50,6 +56,25 @@ def escapes(tracer: Tracer) -> Iterator[None]:
         for name in _WAYS_OUT:
             patches.enter_context(_patched(Tensor, name, leave))
         patches.enter_context(_patched(F, "scaled_dot_product_attention", attend))
+        yield
+
+
+@contextlib.contextmanager
+def strangers(tracer: Tracer) -> Iterator[None]:
+    """Memory that is filled, or may be, by what is no operation: the proof compares its values
+    where they are read."""
+
+    def show(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        out = function(*args, **kwargs)
+        for x in (*args[:1], out):
+            if isinstance(x, Tensor):
+                tracer.strangers[id(root(x))] = root(x)
+        return out
+
+    with _ALONE, contextlib.ExitStack() as patches:
+        for owner, names in _FILLING.items():
+            for name in names:
+                patches.enter_context(_patched(owner, name, show))
         yield
 
 

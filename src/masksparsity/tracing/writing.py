@@ -129,13 +129,18 @@ def _cover(canvas: Canvas, whole: Tensor, place: _Place, origin: _Place | None) 
 _FEW = 64  # values of a tensor made in forward that are compared one by one
 
 
-def lift(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
-    """`torch.tensor(...)` in forward: its values may follow from a width."""
-    flat = out.flatten()
-    if len(flat) > _FEW and not out.is_complex():  # their sum, and one that tells their order
+def values_of(x: Tensor) -> list[Any]:
+    """The values of a tensor, or of a long one their sum, and one that tells their order."""
+    flat = x.flatten()
+    if len(flat) > _FEW and not x.is_complex():
         flat = flat.double()
         flat = torch.stack([flat.sum(), flat @ torch.arange(1, len(flat) + 1).to(flat)])
-    values = [rounded(x.item()) for x in flat]
+    return [rounded(value.item()) for value in flat]
+
+
+def lift(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
+    """`torch.tensor(...)` in forward: its values may follow from a width."""
+    values = values_of(out)
     t.record((), values)
     if not out.ndim:
         t.memory.make(out, values == [0] and not t.decided)
