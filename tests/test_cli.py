@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import Tensor, nn
 
 import masksparsity as ms
 from masksparsity.cli import COMMANDS, main
@@ -127,6 +129,16 @@ def test_prune_one_shot(shell: Shell, weights: Path, tmp_path: Path) -> None:
         (["run", "--config", "missing.json"], "missing.json"),
         (["run", "--nonsense", "1"], "nonsense"),
         (["run", "--baseline.epochs", "-1"], "negative"),
+        (["run", "--baseline.lr", "nan"], "baseline.lr=nan: must be finite"),
+        (["run", "--finetune.lr", "inf"], "finetune.lr=inf: must be finite"),
+        (["run", "--sparsify.strength", "-1"], "sparsify.strength=-1.0: must be"),
+        (["run", "--seed", str(2**64)], "64 bits"),
+        (["run", "--model.input", "-1", "8", "8"], "model.input and model.classes must"),
+        (["run", "--model.name", "tests.test_cli:other_input"], "not take images of 1 8 8"),
+        (["train", "--model.name", "tests.test_cli:pair"], "returns tuple for one image"),
+        (["train", "--model.name", "tests.test_cli:few"], "returns [1, 3] for one image"),
+        (["run", "--model.name", "tests.test_cli:nothing"], "has no parameters"),
+        (["train", "--model.name", "tests.test_cli:lazy"], "0.weight has no size yet"),
         (["run", "--model.name", "resnet21"], "resnet21"),
         (["run", "--model.options", "width"], "KEY=VALUE"),
         (["run", "--mask.file", "missing.json", "--baseline.epochs", "0"], "missing"),
@@ -159,6 +171,33 @@ def test_mistakes_exit_with_2_and_say_what(
 
 def broken(num_classes: int = 10) -> None:
     raise ValueError("no width")
+
+
+def other_input() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 10))
+
+
+def few() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+
+class Pair(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return x, super().forward(x.flatten(1))
+
+
+def pair() -> nn.Module:
+    return Pair(64, 10)
+
+
+def nothing() -> nn.Module:
+    return nn.Flatten()
+
+
+def lazy() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.Sequential(nn.LazyLinear(10), nn.Flatten())
 
 
 def test_another_model_than_the_recipes_takes_none_of_its_options(shell: Shell) -> None:

@@ -115,6 +115,23 @@ def test_mistakes_name_the_file_and_what_to_do(
     assert not list(tmp_path.iterdir())
 
 
+def test_outputs_that_onnx_lacks_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    x = {"left": torch.randn(2, 3), "right": torch.randn(2, 3)}
+    with pytest.raises(ms.MaskSparsityError, match=r"two\.onnx.*output\['none'\] is None.*\.pt2"):
+        ms.export(Two(), x, tmp_path / "two.onnx")
+
+
+class Coloured(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("\x1b[31mred\x1b[0m")
+
+
+def test_messages_have_no_colours(tmp_path: Path) -> None:
+    with pytest.raises(ms.MaskSparsityError, match=r": red$"):
+        ms.export(Coloured(), torch.randn(2, 3), tmp_path / "a.pt2")
+
+
 def test_onnx_without_onnxruntime_says_that_it_is_not_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import masksparsity as ms
 from masksparsity.errors import MaskSparsityError, RunFailure
 from masksparsity.pipeline import Config, Workspace, execute, results, run
 from masksparsity.pipeline.choices import choose_mask
 from masksparsity.pipeline.config import MaskConfig
+from masksparsity.pipeline.stages import measure
 from masksparsity.recipes import digits_resnet20
 
 STAGES = ("train", "sparsify", "mask", "mask-sparsify", "prune", "finetune")
@@ -179,8 +182,6 @@ def test_an_infinite_loss_names_the_stage_and_leaves_the_earlier_ones(tmp_path: 
 def test_other_settings_are_refused_and_fresh_does_again_what_depends_on_them(
     whole: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     other = tiny(mask=MaskConfig(pruned_macs=0.6))
@@ -203,6 +204,54 @@ def test_settings_that_change_no_number_may_change(whole: Path) -> None:
     before = recorded(whole)
     run(Workspace(other, whole))
     assert recorded(whole) == before  # seconds, too: nothing was done again
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_run_of_before_a_setting_was_there_has_its_default(
+    whole: Path, tmp_path: Path, fresh: bool
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    newer = {"mask": "rounds", "data": "flip", "train": "label_smoothing", "baseline": "gamma"}
+    for path in (out / "config.json", *out.glob("*/config.json")):
+        saved = json.loads(path.read_text())
+        for section in newer.keys() & saved.keys():
+            del saved[section][newer[section]]
+        saved.pop("prune", None)  # a section whose settings all have defaults
+        path.write_text(json.dumps(saved))
+    run(Workspace(tiny(), out), fresh=fresh)
+    run(Workspace(Config.read(out / "config.json"), out), fresh=fresh)
+    assert recorded(out) == recorded(whole)
+    other = tiny(mask=MaskConfig(rounds=2))
+    with pytest.raises(MaskSparsityError, match=r"mask\.rounds is 1 there and 2 here"):
+        run(Workspace(other, out))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("result.json", "{}"), ("result.json", "[]"), ("metrics.jsonl", '{"epoch": 1, "tra')],
+)
+def test_a_damaged_file_of_a_stage_is_named(
+    whole: Path, tmp_path: Path, file: str, content: str
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / "sparsify" / file).write_text(content)
+    with pytest.raises(MaskSparsityError, match=rf"sparsify.{file} cannot be read.*remove"):
+        results.write(Workspace(tiny(), out))
+
+
+def test_weights_of_another_precision_are_read_in_that_of_the_images(
+    whole: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "half.safetensors"
+    ms.save(ms.load(whole / "finetune" / "model.safetensors", tiny_model()).bfloat16(), weights)
+    work = Workspace(tiny(), tmp_path)
+    assert measure(work, work.network(weights))["total"] == numbers(whole)["total"]
+
+
+def tiny_model() -> nn.Module:
+    return ms.models.create("resnet20", in_channels=1, width=8)
 
 
 def recorded(out: Path) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Out of Python: ONNX or torch.export, compared with the model before the file is written."""
 
 import io
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map
 
 from .errors import MaskSparsityError
 from .files import atomic
@@ -59,11 +60,12 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path) -> None:
             checks = [(i, _tensors(model(*i[0], **i[1]))) for i in (example, _longer(traced))]
             data, run = _FORMATS[path.suffix](model, traced)
             found = [run(inputs) for inputs, _ in checks] if run is not None else None
-        except MissingLibrary as error:
+        except (MissingLibrary, NotATensor) as error:
             raise MaskSparsityError(f"{path}: {error}") from error
         except Exception as error:
+            text = re.sub(r"\x1b\[[\d;]*m", "", str(error))  # torch colours some of its own
             raise MaskSparsityError(
-                f"{path}: the model cannot be exported with a batch of any length: {error}"
+                f"{path}: the model cannot be exported with a batch of any length: {text}"
             ) from error
     if found is None:
         warnings.warn(
@@ -84,6 +86,10 @@ class MissingLibrary(Exception):
     """Says what to install."""
 
 
+class NotATensor(Exception):
+    """Says which output."""
+
+
 def _onnx(model: nn.Module, inputs: Inputs) -> tuple[bytes, Run | None]:
     try:
         import onnx  # noqa: F401
@@ -91,6 +97,12 @@ def _onnx(model: nn.Module, inputs: Inputs) -> tuple[bytes, Run | None]:
     except ImportError as error:
         raise MissingLibrary("ONNX needs two libraries: pip install onnx onnxscript") from error
     args, kwargs = inputs
+    for place, output in tree_leaves_with_path(model(*args, **kwargs)):
+        if not isinstance(output, Tensor):
+            raise NotATensor(
+                f"ONNX has tensors alone, and output{keystr(place)} is {output!r}: leave it out, "
+                "or write .pt2"
+            )
     program = torch.onnx.export(
         model, args, kwargs=kwargs, dynamic_shapes=_shapes(inputs), dynamo=True, verbose=False
     )

@@ -122,8 +122,10 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     other.write_bytes(b"no image")
     with pytest.raises(MaskSparsityError, match=r"1\.png is no image of a known format"):
         read(tmp_path)
-    with pytest.raises(MaskSparsityError, match=r"1\.png is no image of a known format"):
-        first_pixels(read(tmp_path, resident=False, workers=0))
+    for workers in (0, 1):
+        with pytest.raises(MaskSparsityError, match=r"1\.png is no image of a known format$") as e:
+            first_pixels(read(tmp_path, resident=False, workers=workers))
+        assert str(e.value).startswith(str(other))
     (tmp_path / "test" / "dog").rename(tmp_path / "test" / "wolf")
     with pytest.raises(MaskSparsityError, match="dog, wolf"):
         read(tmp_path)
@@ -142,6 +144,18 @@ def test_a_damaged_archive_is_named(tmp_path: Path, name: str) -> None:
         archive.add(write(tmp_path / "x"), arcname="")
     path.write_bytes(path.read_bytes()[:-200] if name.endswith("gz") else path.read_bytes()[:5000])
     with pytest.raises(MaskSparsityError, match=name):
+        read(path)
+
+
+@pytest.mark.parametrize("inside", [0, 100])
+def test_an_archive_cut_at_a_header_is_no_smaller_set(tmp_path: Path, inside: int) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.add(write(tmp_path / "x"), arcname="")
+    with tarfile.open(path) as archive:
+        last = archive.getmembers()[-1]
+    path.write_bytes(path.read_bytes()[: last.offset + inside])
+    with pytest.raises(MaskSparsityError, match=r"a\.tar is not a readable tar.*cut short"):
         read(path)
 
 

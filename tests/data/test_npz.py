@@ -43,6 +43,13 @@ def test_four_arrays_are_a_whole_set(tmp_path: Path, last: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64])
+def test_labels_may_be_unsigned(tmp_path: Path, dtype: type) -> None:
+    np.savez(tmp_path / "a.npz", x=IMAGES, y=LABELS.astype(dtype))
+    data = read(tmp_path / "a.npz", mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert torch.equal(torch.cat([y for _, y in data.test.epoch()]), torch.from_numpy(LABELS))
+
+
 def test_two_arrays_are_a_set_to_evaluate_on(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=IMAGES, y=LABELS)
     with pytest.raises(MaskSparsityError, match=r"--data\.mean"):
@@ -63,6 +70,7 @@ def test_two_arrays_are_a_set_to_evaluate_on(tmp_path: Path) -> None:
         ({"x": IMAGES[:, :2], "y": LABELS}, "no axis of 1 or 3"),
         ({"x": IMAGES, "y": LABELS[:5]}, "labels must be"),
         ({"x": IMAGES, "y": LABELS / 2}, "labels must be"),
+        ({"x": IMAGES, "y": LABELS * 1j}, "labels must be"),
         ({"x": IMAGES, "y": LABELS - 1}, "negative"),
         ({"x": IMAGES, "y": np.array(list("abcabc"))}, "not arrays of numbers"),
         ({"x": IMAGES, "y": np.array([{}] * 6, object)}, "not a readable npz"),

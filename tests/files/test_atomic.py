@@ -34,6 +34,12 @@ def test_a_full_disk_leaves_the_earlier_file_and_nothing_else(
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("name", [".", "/", "a\0b"])
+def test_what_can_be_no_files_name_is_refused(name: str) -> None:
+    with pytest.raises(RunFailure, match="cannot write"):
+        atomic.write(Path(name), b"one")
+
+
 def test_json_is_refused_before_the_file_is_touched(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     atomic.write_json(path, {"a": [1, 2.5, None]})

@@ -1,9 +1,11 @@
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import masksparsity as ms
@@ -29,6 +31,20 @@ def test_a_mask_survives_its_file(bound, tmp_path):
     about = json.loads((tmp_path / "mask.json").read_text())
     assert about["macs"]["slim"] == graph.cost(keep).macs
     assert about["kept"]["conv1"] == [int(keep["conv1"].sum()), 16]
+
+
+def test_what_selectors_were_given_is_saved_with_a_mask(bound, tmp_path):
+    _, graph, keep, _ = bound
+    keep = ms.KeepMask(graph, dict(keep))
+    keep.origin = {"a": torch.tensor(0.5), "b": np.float32(0.5), "c": torch.inf, "d": {"y", "x"},
+                   "e": {"layer": (torch.float32, 1)}}  # fmt: skip
+    keep.save(tmp_path / "mask")
+    found = ms.KeepMask.load(tmp_path / "mask", graph).origin
+    assert found == {"a": 0.5, "b": 0.5, "c": "inf", "d": ["x", "y"],
+                     "e": {"layer": ["torch.float32", 1]}}  # fmt: skip
+    (tmp_path / "mask.json").write_text('{"origin": 5}')
+    with pytest.raises(ms.MaskSparsityError, match=r"mask\.json is damaged"):
+        ms.KeepMask.load(tmp_path / "mask", graph)
 
 
 def test_a_mask_of_another_model_is_refused(bound, tmp_path):
@@ -87,9 +103,95 @@ def test_a_users_own_model_needs_its_dense_form(tmp_path):
         assert torch.equal(ms.load(tmp_path / "slim.safetensors", model=dense)(x), slim(x))
 
 
+class Odd(nn.Module):
+    """Tied weights, a frozen one, and buffers of every kind."""
+
+    def __init__(self, kind=None):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.frozen = nn.Parameter(torch.randn(3), requires_grad=kind is None)
+        self.register_buffer("number", torch.tensor(2**40 + 1))
+        self.register_buffer("all", torch.randn(6), persistent=False)
+        self.register_buffer("part", self.all[2:4])
+        if kind is not None:
+            self.register_buffer("odd", kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_archive_keeps_every_bit_and_what_is_frozen(tmp_path, dtype):
+    path, dense = tmp_path / "odd.safetensors", Odd()
+    saved = Odd().to(dtype)
+    saved.frozen.requires_grad_(False)
+    ms.save(saved, path)
+    again = ms.load(path, model=dense)
+    for (name, a), (_, b) in zip(
+        (*again.named_parameters(), *again.named_buffers()),
+        (*saved.named_parameters(), *saved.named_buffers()),
+        strict=True,
+    ):
+        assert a.dtype == b.dtype, name
+        assert torch.equal(a, b), name
+        assert a.requires_grad == b.requires_grad, name
+    assert again.second.weight is again.first.weight
+    assert dense.frozen.requires_grad
+
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["masksparsity"])
+    del about["frozen"]  # as in the archives of before
+    save_file(load_file(path), path, {"masksparsity": json.dumps(about)})
+    assert ms.load(path, model=dense).frozen.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of the layouts
+@pytest.mark.parametrize("kind", ["sparse", "quantized", "meta", "uninitialized", "complex128"])
+def test_tensors_that_cannot_be_stored_are_named(tmp_path, kind):
+    made = {
+        "sparse": lambda: torch.eye(3).to_sparse(),
+        "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        "meta": lambda: torch.ones(3, device="meta"),
+        "uninitialized": nn.UninitializedBuffer,
+        "complex128": lambda: torch.ones(3, dtype=torch.complex128),
+    }
+    with pytest.raises(ms.MaskSparsityError, match=f"odd is {kind}"):
+        ms.save(Odd(made[kind]()), tmp_path / "odd.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_constructor_that_no_file_may_set_asks_for_the_model(tmp_path):
+    model = ms.models.create("torchvision/shufflenet_v2_x0_5", num_classes=3)
+    object.__setattr__(ms.models.constructor(model), "kwargs", {"norm_layer": nn.BatchNorm2d})
+    ms.save(model, tmp_path / "m.safetensors")
+    with pytest.raises(ms.MaskSparsityError, match=r"norm_layer=.*pass it as\s+model="):
+        ms.load(tmp_path / "m.safetensors")
+    ms.load(tmp_path / "m.safetensors", model=model)
+
+
 class Bomb:
     def __reduce__(self):
         return (pytest.fail, ("a file ran code",))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"groups": None},
+        {"constructor": ...},
+        {"groups": ...},
+        {"constructor": "resnet20"},
+        {"constructor": {"name": "resnet20"}},
+        {"attributes": [1]},
+        {"attributes": {"conv1": 3}},
+        {"frozen": 5},
+    ],
+)
+def test_a_header_of_another_form_is_damage(tmp_path, change):
+    path, model = tmp_path / "a.safetensors", nn.Linear(2, 2)
+    about = {"format": "masksparsity archive 1", "groups": {}, "constructor": None} | change
+    header = json.dumps({key: value for key, value in about.items() if value is not ...})
+    save_file(model.state_dict(), path, {"masksparsity": header})
+    with pytest.raises(ms.MaskSparsityError, match=r"a\.safetensors is damaged"):
+        ms.load(path, model=model)
 
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "pickle", "plain", "wide", "constructor"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import masksparsity as ms
 from masksparsity.errors import MaskSparsityError
 from masksparsity.models import create, load_weights
 
@@ -29,6 +30,27 @@ def test_safetensors_load(tmp_path: Path) -> None:
     source = create("resnet20", width=2)
     save_file(source.state_dict(), tmp_path / "w.safetensors")
     assert equal(create("resnet20", width=2, weights=str(tmp_path / "w.safetensors")), source)
+
+
+def test_an_archive_of_the_dense_network_loads(tmp_path: Path) -> None:
+    source = create("resnet20", width=2)
+    ms.save(source, tmp_path / "w.safetensors")  # with the zeros of its shortcuts
+    assert equal(create("resnet20", width=2, weights=tmp_path / "w.safetensors"), source)
+
+    def tied(bias: bool) -> torch.nn.Module:
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=bias))
+        model[1].weight = model[0].weight
+        model.register_buffer("scale", torch.randn(2), persistent=False)
+        return model
+
+    first, second = tied(True), tied(True)
+    ms.save(first, tmp_path / "w.safetensors")
+    load_weights(second, tmp_path / "w.safetensors")
+    assert equal(second, first)
+    assert second[1].weight is second[0].weight
+    assert torch.equal(second.get_buffer("scale"), first.get_buffer("scale"))
+    with pytest.raises(MaskSparsityError, match=r"1 unexpected: 1\.bias"):
+        load_weights(tied(False), tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize(

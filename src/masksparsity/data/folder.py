@@ -113,5 +113,10 @@ def _archive(path: Path) -> Iterator[tuple[PurePosixPath, ImageFile]]:
                     content = stream.read() if stream else b""
                     file = ImageFile(str(path), member.name, content=content)
                 yield PurePosixPath(member.name), file
+            # tarfile takes a cut or damaged header for the end, which is zeros.
+            if plain and archive.fileobj is not None:
+                archive.fileobj.seek(archive.offset)
+                if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("damaged or cut short")
     except Exception as error:  # tarfile and each of the compressions raise their own
         raise MaskSparsityError(f"{path} is not a readable tar archive: {error}") from error

@@ -44,14 +44,15 @@ class Pixels:
                     f"{where}: no axis of 1 or 3 channels in images of shape {list(images.shape)}"
                 )
             images = images.permute(0, 3, 1, 2)
-        if labels.is_floating_point() or labels.shape != images.shape[:1]:
+        if labels.is_floating_point() or labels.is_complex() or labels.shape != images.shape[:1]:
             raise MaskSparsityError(
                 f"{where}: labels must be integers [{len(images)}], not {labels.dtype} "
                 f"{list(labels.shape)}"
             )
+        labels = labels.long()  # first: torch finds no minimum of wide unsigned integers
         if not len(labels) or labels.min() < 0:
             raise MaskSparsityError(f"{where}: no images, or a negative label")
-        return cls(images, labels.long())
+        return cls(images, labels)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from masksparsity.data.decode import center_crop, pixels
 from masksparsity.data.imageset import Files
 from masksparsity.data.loader import Batch, Normalize, Plan
+from masksparsity.errors import MaskSparsityError
 
 
 class StreamingLoader:
@@ -52,9 +53,13 @@ class StreamingLoader:
             pin_memory=device.type == "cuda",
             generator=generator,  # the loader draws from it, else from the global one
         )
-        for images, labels in batches:
-            images = images.to(device, non_blocking=True)
-            yield self.normalize(images), labels.to(device, non_blocking=True)
+        try:
+            for images, labels in batches:
+                images = images.to(device, non_blocking=True)
+                yield self.normalize(images), labels.to(device, non_blocking=True)
+        except MaskSparsityError as error:  # a worker's has its traceback before the message
+            message = str(error).rpartition(f"{MaskSparsityError.__name__}: ")[2]
+            raise MaskSparsityError(message.strip()) from error
 
 
 class _Images(Dataset[tuple[Tensor, int]]):

@@ -5,6 +5,7 @@ registry with plain arguments) and the groups of convolutions, which no shape te
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as encode
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from masksparsity.channels.surgery import WRITTEN_DOWN, rebuild
 from masksparsity.errors import MaskSparsityError
@@ -21,6 +23,12 @@ from masksparsity.tracing.network import named_tensors, unwrap
 from . import atomic
 
 _FORMAT = "masksparsity archive 1"
+_HEADER: dict[str, Callable[[Any], bool]] = {
+    "groups": lambda x: isinstance(x, dict),
+    "constructor": lambda x: x is None or (isinstance(x, dict) and {"name", "kwargs"} <= x.keys()),
+    "attributes": lambda x: isinstance(x, dict) and all(isinstance(v, dict) for v in x.values()),
+    "frozen": lambda x: x is None or isinstance(x, list),
+}
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -28,6 +36,9 @@ def save(model: nn.Module, path: str | Path) -> None:
 
     Models that `masksparsity.models.create` did not build are saved as well; `load` then needs
     `model=`, a dense one to shrink.
+
+    Raises:
+        MaskSparsityError: a parameter or buffer that has no plain numbers to store.
     """
     model = unwrap(model)
     built = constructor(model)
@@ -38,13 +49,14 @@ def save(model: nn.Module, path: str | Path) -> None:
         else {"name": built.name, "kwargs": dict(built.kwargs)},
         "groups": _groups(model),
         "attributes": getattr(model, WRITTEN_DOWN, {}),
+        "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
     }
-    tensors = {n: t.detach().cpu().contiguous() for n, t in named_tensors(model)}
-    atomic.write(Path(path), encode(tensors, {"masksparsity": json.dumps(about)}))
+    tensors = {n: _stored(n, t) for n, t in named_tensors(model)}
+    atomic.write(Path(path), encode(tensors, {"masksparsity": json.dumps(atomic.plain(about))}))
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Rebuild a model from its archive, on the CPU, in eval mode.
+    """Rebuild a model from its archive, to the bit and the dtype, on the CPU, in eval mode.
 
     Args:
         model: a dense model of the user's own to shrink (a copy; it stays as it is); without it
@@ -61,13 +73,37 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         own = dict(named_tensors(model))
         _check(own, tensors)
         # Copies even where no axis changed: the slim model shares no memory with `model`.
-        slim = rebuild(model, {n: t.to(own[n].dtype) for n, t in tensors.items()})
-        _write_down(slim, about.get("attributes", {}))
+        slim = rebuild(model, tensors)
+        _write_down(slim, about["attributes"])
+        _freeze(slim, about["frozen"])
         if _groups(slim) != about["groups"]:
             raise MaskSparsityError("the groups of its convolutions are not this model's")
     except MaskSparsityError as error:
         raise MaskSparsityError(f"{path}: {error}") from error
     return slim.eval()
+
+
+def _stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    kinds = {
+        "sparse": tensor.layout != torch.strided,
+        "quantized": tensor.is_quantized,
+        "meta": tensor.is_meta,
+        "uninitialized": is_lazy(tensor),
+        "complex128": tensor.dtype == torch.complex128,
+    }
+    for kind in [kind for kind, is_it in kinds.items() if is_it]:
+        raise MaskSparsityError(
+            f"{name} is {kind}, which an archive cannot hold: convert or fill it first"
+        )
+    # A copy of its own: safetensors refuses tensors that share storage, as views do.
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _freeze(slim: nn.Module, frozen: list[str] | None) -> None:
+    if frozen is not None:  # archives of before say nothing of it
+        for name, parameter in slim.named_parameters():
+            differentiable = parameter.is_floating_point() or parameter.is_complex()
+            parameter.requires_grad_(differentiable and name not in frozen)
 
 
 def _write_down(slim: nn.Module, attributes: dict[str, dict[str, Any]]) -> None:
@@ -108,6 +144,9 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise MaskSparsityError(
             f"{path} is no archive of a slim model (masksparsity.save writes them)"
         )
+    about = {"attributes": {}, "frozen": None, **about}
+    if any(key not in about or not is_valid(about[key]) for key, is_valid in _HEADER.items()):
+        raise MaskSparsityError(f"{path} is damaged: masksparsity.save writes another header")
     return tensors, about
 
 
@@ -123,6 +162,11 @@ def _check(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> No
             raise MaskSparsityError(
                 f"another architecture: {name} is {tuple(tensor.shape)} in the file and "
                 f"{tuple(dense)} in the dense model"
+            )
+        if own[name].requires_grad and not (tensor.is_floating_point() or tensor.is_complex()):
+            raise MaskSparsityError(
+                f"another architecture: {name} is {tensor.dtype} in the file and trained in the "
+                "dense model"
             )
 
 

@@ -1,7 +1,9 @@
 """Files that are written whole or not at all."""
 
 import json
+import math
 import os
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ def write(path: Path, data: bytes) -> None:
     full disk, say) nothing is left of it.
     """
     path = Path(path)
-    # One fixed name, so that what a killed process leaves behind is overwritten by the next one.
-    partial = path.with_name(f".{path.name}.partial")
     try:
+        # One fixed name, so that the next process overwrites what a killed one leaves behind.
+        partial = path.with_name(f".{path.name}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "wb") as file:
@@ -27,11 +29,27 @@ def write(path: Path, data: bytes) -> None:
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: what can be no file's name
+        reason = getattr(error, "strerror", None) or error
         raise RunFailure(
-            f"cannot write {path}: {error.strerror or error}. Whatever was there before is intact; "
+            f"cannot write {path}: {reason}. Whatever was there before is intact; "
             "make room or choose another place, and start again."
         ) from error
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's types: numbers of torch and NumPy as numbers, what JSON lacks as text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Set):
+        return sorted(map(plain, value), key=str)
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def write_json(path: Path, value: Any) -> None:

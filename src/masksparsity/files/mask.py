@@ -31,7 +31,7 @@ def save_mask(keep: KeepMask, path: str | Path, model: str | None = None) -> Non
     about = {
         "format": "masksparsity mask 1, True = stays",
         "model": model,
-        "origin": keep.origin,
+        "origin": atomic.plain(keep.origin),
         "pruned_fraction": keep.pruned_fraction,
         "macs": {"dense": dense.macs, "slim": slim.macs},
         "params": {"dense": dense.params, "slim": slim.params},
@@ -67,7 +67,7 @@ def load_mask(path: str | Path, graph: ChannelGraph) -> KeepMask:
     about = stem.with_name(f"{stem.name}.json")
     if about.exists():
         try:
-            keep.origin = json.loads(about.read_text())["origin"]
+            keep.origin = dict(json.loads(about.read_text())["origin"])
         except (ValueError, KeyError, TypeError) as error:
             raise MaskSparsityError(f"{about} is damaged: {error}") from error
     return keep

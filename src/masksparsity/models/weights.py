@@ -27,15 +27,21 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     state = _state_dict(_read(path), path)
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
+    # Our archives hold them, too, and a tensor of several names once.
+    extra = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in own}
+    for name, value in own.items():
+        for other in own if name not in state else ():
+            if own[other] is value and other in state:
+                state[name] = state[other]
     complaints = {
         "missing": [
             name for name in own if name not in state and not name.endswith(".num_batches_tracked")
         ],
-        "unexpected": [name for name in state if name not in own],
+        "unexpected": [name for name in state if name not in own and name not in extra],
         "other shape": [
             f"{name} {list(state[name].shape)} for {list(value.shape)}"
-            for name, value in own.items()
+            for name, value in {**own, **extra}.items()
             if name in state and state[name].shape != value.shape
         ],
     }
@@ -49,7 +55,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             f"{path} holds the weights of another architecture than this {type(model).__name__}: "
             f"{listed}"
         )
-    model.load_state_dict(state)
+    model.load_state_dict({name: value for name, value in state.items() if name in own})
+    for name in extra.keys() & state.keys():
+        extra[name].copy_(state[name])
 
 
 def _read(path: Path) -> object:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -26,6 +28,10 @@ class ModelConfig:
     """Further arguments of the constructor, as KEY=VALUE."""
     weights: str | None = None
     """Weights that the baseline starts from; random if not given."""
+
+    def __post_init__(self) -> None:
+        if min(*self.input, self.classes) < 1:
+            raise MaskSparsityError("model.input and model.classes must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +146,13 @@ class Config:
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
             raise MaskSparsityError("threads must be at least 1")
+        if not -(2**63) <= self.seed < 2**64:
+            raise MaskSparsityError(f"seed={self.seed}: must have 64 bits at most")
+        for name, value in _numbers(dataclasses.asdict(self)):
+            # Means of channels are of whatever scale the user's images have.
+            negative = value < 0 and name not in ("seed", "data.mean")
+            if negative or not abs(value) < math.inf:
+                raise MaskSparsityError(f"{name}={value}: must be finite and not negative")
 
     def as_json(self) -> dict[str, Any]:
         """The config in JSON's types."""
@@ -154,3 +167,26 @@ class Config:
             return config
         except (OSError, ValueError) as error:
             raise MaskSparsityError(f"{path} is not a saved config: {error}") from error
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _numbers(item, name)
+    elif isinstance(value, int | float):
+        yield name, value
+
+
+def defaults(kind: Any = Config) -> dict[str, Any]:
+    """What a saved config without a setting stands for: the defaults, in JSON's types."""
+    found: dict[str, Any] = {}
+    for setting in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(setting.type):
+            found[setting.name] = defaults(setting.type)
+        elif setting.default is not dataclasses.MISSING:
+            found[setting.name] = setting.default
+    values: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return values

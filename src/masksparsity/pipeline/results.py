@@ -12,7 +12,6 @@ from masksparsity.files import atomic
 from masksparsity.pipeline.rundir import FILES
 from masksparsity.pipeline.stages import STAGES
 from masksparsity.pipeline.workspace import Workspace
-from masksparsity.train.loop import read_metrics
 
 # Keys of the report, and the stages they come from.
 ACCURACY = {
@@ -41,7 +40,7 @@ def collect(work: Workspace) -> dict[str, Any]:
         "total": max((count["total"] for count in counts.values()), default=None),
         **{key: pruned[key] for key in ("macs", "params", "latency_ms") if key in pruned},
         "seconds": {name: result["seconds"] for name, result in found.items()},
-        "curves": {name: c for name in found if (c := read_metrics(work.runs.folder(name)))},
+        "curves": {name: c for name in found if (c := work.runs.metrics(name))},
         "warnings": [text for result in found.values() for text in result.get("warnings", [])],
         # Of the last stage: a report may be drawn elsewhere.
         **(list(found.values())[-1]["origin"] if found else {}),

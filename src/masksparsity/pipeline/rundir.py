@@ -11,7 +11,7 @@ from typing import Any
 
 from masksparsity.errors import MaskSparsityError
 from masksparsity.files import atomic
-from masksparsity.train.loop import CHECKPOINT
+from masksparsity.train.loop import CHECKPOINT, METRICS, read_metrics
 
 CONFIG = "config.json"
 RESULT = "result.json"
@@ -34,7 +34,14 @@ class RunDir:
 
     def result(self, stage: str) -> dict[str, Any]:
         """What a complete stage found."""
-        return self._read(stage, RESULT)
+        return self._read(stage, RESULT, "seconds", "origin")
+
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        """How the epochs of a stage went, as far as it is."""
+        try:
+            return read_metrics(self.folder(stage))
+        except (OSError, ValueError) as error:
+            raise self._damaged(self.folder(stage) / METRICS, error) from error
 
     def asked(self, stage: str) -> dict[str, Any] | None:
         """What the stage was asked to do, if there is anything of it to be kept."""
@@ -64,12 +71,17 @@ class RunDir:
             self.folder(stage).rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
 
-    def _read(self, stage: str, file: str) -> dict[str, Any]:
+    def _read(self, stage: str, file: str, *needed: str) -> dict[str, Any]:
         path = self.folder(stage) / file
         try:
-            value: dict[str, Any] = json.loads(path.read_text())
+            value = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise MaskSparsityError(
-                f"{path} cannot be read ({error}); remove {path.parent} to do that stage again"
-            ) from error
+            raise self._damaged(path, error) from error
+        if not isinstance(value, dict) or not value.keys() >= set(needed):
+            raise self._damaged(path, "it is not what a stage writes")
         return value
+
+    def _damaged(self, path: Path, why: object) -> MaskSparsityError:
+        return MaskSparsityError(
+            f"{path} cannot be read ({why}); remove {path.parent} to do that stage again"
+        )

@@ -6,12 +6,12 @@ from typing import Any
 
 from masksparsity.errors import MaskSparsityError
 from masksparsity.pipeline.choices import choose_mask
+from masksparsity.pipeline.config import defaults
 from masksparsity.pipeline.origin import origin
 from masksparsity.pipeline.rundir import CONFIG
 from masksparsity.pipeline.stages import STAGES
 from masksparsity.pipeline.workspace import Stage, Workspace
 from masksparsity.train import dist
-from masksparsity.train.loop import read_metrics
 from masksparsity.train.progress import say
 
 RUN = ("train", "sparsify", "mask", "mask-sparsify", "prune", "finetune")
@@ -27,10 +27,11 @@ def run(work: Workspace, *, with_scratch: bool = False, fresh: bool = False) -> 
         # Data or a mask that cannot be had should not cost two trainings first.
         work.data.training()
         model = work.dense()
+        work.check(model)
         choose_mask(work.config.mask, model, work.trace(model))
     for name in (*RUN, *(["scratch"] if with_scratch else [])):
         if not (name == "sparsify" and work.config.mask.file):
-            differs = work.runs.asked(name) not in (None, work.asked(STAGES[name]))
+            differs = any(_unequal(work.runs.asked(name), work.asked(STAGES[name])))
             execute(work, name, fresh=fresh and differs)
 
 
@@ -55,7 +56,7 @@ def execute(work: Workspace, name: str, *, fresh: bool = False) -> dict[str, Any
             work.runs.discard(name)
         work.runs.begin(name, asked, work.config.as_json() if _agrees(work, name) else None)
     dist.barrier()
-    killed = sum(line["seconds"] for line in read_metrics(folder))
+    killed = sum(line["seconds"] for line in work.runs.metrics(name))
     start = time.monotonic()
     result = stage.body(work, folder)
     result["seconds"] = killed + time.monotonic() - start
@@ -100,10 +101,15 @@ def _before(work: Workspace, asked: dict[str, Any]) -> Iterator[str]:
             yield from _before(work, now)
 
 
-def _unequal(saved: Any, asked: Any, name: str = "") -> Iterator[str]:
+_DEFAULTS = defaults()
+
+
+def _unequal(saved: Any, asked: Any, default: Any = _DEFAULTS, name: str = "") -> Iterator[str]:
     if isinstance(saved, dict) and isinstance(asked, dict):
         for key in saved.keys() | asked.keys():
-            yield from _unequal(saved.get(key), asked.get(key), f"{name}.{key}")
+            usual = (default or {}).get(key)  # of settings that one of the two does not know yet
+            both = saved.get(key, usual), asked.get(key, usual)
+            yield from _unequal(*both, usual, f"{name}.{key}")
     elif saved != asked and name:
         yield f"{name.lstrip('.')} is {saved} there and {asked} here"
 

@@ -124,6 +124,7 @@ STAGES = {
 
 def measure(work: Workspace, model: nn.Module) -> Result:
     """Count what `model` gets right on the test set."""
+    work.check(model)
     with Meter("evaluate", len(work.data.test)) as meter:
         counted = evaluate(model, work.data.test, meter.advance)
     return {
@@ -142,6 +143,7 @@ def _train(
     work: Workspace, folder: Path, model: nn.Module, phase: Phase, penalty: Penalty | None = None
 ) -> Result:
     """Train for `phase`, settle the statistics, save, and count what came out."""
+    work.check(model)
     if phase.epochs:
         config = work.config
         fit(model, work.data, phase, config.train, folder=folder, seed=config.seed, penalty=penalty)

@@ -10,6 +10,7 @@ from typing import Any
 import safetensors
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 import masksparsity as ms
 from masksparsity.data import Data
@@ -17,6 +18,7 @@ from masksparsity.data import create as create_data
 from masksparsity.errors import MaskSparsityError
 from masksparsity.pipeline.config import Config
 from masksparsity.pipeline.rundir import FILES, RunDir
+from masksparsity.tracing.network import evaluating, named_tensors
 from masksparsity.train import dist
 
 # Settings that change no number: a run may go on with others.
@@ -123,8 +125,40 @@ class Workspace:
     def network(self, path: str | Path) -> nn.Module:
         """The network in a file: an archive, dense or slim, or weights of the dense network."""
         if _is_archive(path):
-            return self.place(ms.load(path, model=self._create(None)))
+            dense = self._create(None)
+            loaded = ms.load(path, model=dense)
+            # Saved in another precision, perhaps, than the images come in.
+            for (_, own), (_, usual) in zip(
+                named_tensors(loaded), named_tensors(dense), strict=True
+            ):
+                own.data = own.data.to(usual.dtype)
+            return self.place(loaded)
         return self.dense(path)
+
+    def check(self, model: nn.Module) -> None:
+        """Try `model` on one image.
+
+        Raises:
+            MaskSparsityError: it has nothing to train, does not take the images, or gives no score
+                for each of the classes.
+        """
+        name, classes = self.config.model.name, self.config.model.classes
+        if not any(True for _ in model.parameters()):
+            raise MaskSparsityError(f"{name} has no parameters: there is nothing to train or prune")
+        try:
+            with evaluating(model.modules()), torch.no_grad():
+                output = model(self.example())
+        except Exception as error:  # the model may be the user's, and raise anything
+            raise MaskSparsityError(
+                f"{name} does not take images of {' '.join(map(str, self.config.model.input))}; do "
+                f"--model.input and --model.options fit each other? {error}"
+            ) from error
+        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < classes:
+            raise MaskSparsityError(
+                f"{name} returns {shape} for one image: training and evaluation need a tensor of "
+                f"[images, classes], here [1, {classes}] (--model.classes)"
+            )
 
     def place(self, model: nn.Module) -> nn.Module:
         """`model` on the device, in the layout that the images come in."""
@@ -136,7 +170,15 @@ class Workspace:
         options = dict(map(_option, model.options))
         if ":" not in model.name:  # a function of the user's own may not know the argument
             options.setdefault("num_classes", model.classes)
-        return ms.models.create(model.name, weights=weights, **options)
+        made = ms.models.create(model.name, **options)
+        if lazy := next((name for name, p in made.named_parameters() if is_lazy(p)), None):
+            raise MaskSparsityError(
+                f"{model.name}: {lazy} has no size yet; let the function run its model once, on "
+                "an example, before it returns it"
+            )
+        if weights is not None:
+            ms.models.load_weights(made, weights)
+        return made
 
 
 def _is_archive(path: str | Path) -> bool:
