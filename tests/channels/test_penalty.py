@@ -1,9 +1,11 @@
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import masksparsity as ms
 
@@ -60,14 +62,29 @@ def masked_scales(model, keep) -> list[tuple[Tensor, Tensor, Tensor]]:
     return [(modules[n].weight, modules[n].bias, ~k) for n, k in keep.by_norm().items()]
 
 
+STEPS: dict[str, Callable] = {
+    "plain": lambda optimizer, closure: (closure(), optimizer.step()),
+    "closure": lambda optimizer, closure: optimizer.step(closure),
+    "keyword": lambda optimizer, closure: optimizer.step(closure=closure),
+}
+
+
+@pytest.mark.parametrize("by", STEPS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_published_form_to_the_bit(bound, optimizer):
+def test_published_form_to_the_bit(bound, optimizer, by):
     model, graph, keep = bound
     plain = copy.deepcopy(model)
     ours, theirs = (OPTIMIZERS[optimizer](m.parameters()) for m in (model, plain))
     ms.MaskedL1(model, graph, keep, STRENGTH).attach(ours)
+
+    def closure() -> Tensor:
+        ours.zero_grad()
+        loss = nn.functional.cross_entropy(model(INPUTS), LABELS)
+        loss.backward()
+        return loss
+
     for _ in range(4):
-        step(model, ours)
+        STEPS[by](ours, closure)
         theirs.zero_grad()
         nn.functional.cross_entropy(plain(INPUTS), LABELS).backward()
         modules = dict(plain.named_modules())
@@ -77,6 +94,26 @@ def test_published_form_to_the_bit(bound, optimizer):
         theirs.step()
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_every_call_of_a_closure_is_penalised(bound):
+    model, graph, keep = bound
+    optimizer = torch.optim.LBFGS([*model[1].parameters(), *model[6].parameters()], max_iter=3)
+    penalty = ms.MaskedL1(model, graph, keep, STRENGTH)
+    penalty.attach(optimizer)
+    calls = []
+    plain, penalty.apply = penalty.apply, lambda: (calls.append("penalty"), plain())
+
+    def closure() -> Tensor:
+        calls.append("closure")
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(INPUTS), LABELS)
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > 0
+    assert len(calls) > 2
+    assert calls == ["closure", "penalty"] * (len(calls) // 2)
 
 
 def test_global_l1_reaches_every_scale(bound):
@@ -257,6 +294,83 @@ def test_resumed_is_uninterrupted(bound, kind):
         step(twin, again)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["proximal", "decay"])
+def test_the_state_of_another_penalty_is_refused(bound, kind):
+    model, graph, keep = bound
+    penalty = PENALTIES[kind](model, graph, keep)
+    other = PENALTIES[kind](model, graph, ~keep)
+    slim = ms.prune(model, graph, keep)
+    narrow = ms.trace(slim, INPUTS)
+    before = copy.deepcopy(penalty.state_dict())
+    narrower = PENALTIES[kind](slim, narrow, random_mask(narrow, 1))
+    for state in (other.state_dict(), narrower.state_dict(), {}):
+        with pytest.raises(ms.MaskSparsityError, match="another model or mask"):
+            penalty.load_state_dict(state)
+    for key, value in penalty.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_a_model_converted_since_is_refused(bound, kind):
+    model, graph, keep = bound
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    penalty = PENALTIES[kind](model, graph, keep)
+    penalty.attach(optimizer)
+    model.double()
+    with pytest.raises(ms.MaskSparsityError, match=r"1\.\w+ or .* no longer torch.float32"):
+        penalty.apply()
+    model.float()
+    step(model, optimizer)
+
+
+@pytest.mark.parametrize("kind", PENALTIES)
+def test_a_penalty_made_in_inference_mode_works(bound, kind):
+    model, graph, keep = bound
+    with torch.inference_mode():
+        penalty = PENALTIES[kind](model, graph, keep)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    penalty.attach(optimizer)
+    step(model, optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_decay_does_not_depend_on_the_default_dtype(bound, dtype):
+    model, graph, keep = bound
+    usual = ms.ScheduledDecay(model, graph, keep, steps=1000).state_dict()
+    try:
+        torch.set_default_dtype(dtype)
+        state = ms.ScheduledDecay(model, graph, keep, steps=1000).state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for key, value in usual.items():
+        assert value.dtype == state[key].dtype
+        assert torch.equal(value, state[key])
+
+
+def test_decay_drives_the_buffers_of_frozen_norms():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), FrozenBatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+    model[1].bias.normal_()
+    model[1].running_mean.normal_()
+    graph = ms.trace(model, INPUTS)
+    keep = random_mask(graph, 1)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    ms.ScheduledDecay(model, graph, keep, steps=3).attach(optimizer)
+    free = model[1].bias.clone()
+    for _ in range(3):
+        step(model, optimizer)
+    kept = keep["0"]
+    assert (model[1].bias[~kept] == 0).all()
+    assert torch.equal(model[1].bias[kept], free[kept])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slim = ms.prune(model, graph, keep, optimizer=optimizer)
+    torch.testing.assert_close(slim(INPUTS), model(INPUTS), rtol=1e-4, atol=1e-5)
 
 
 def test_detach_ends_it(bound):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import MaskSparsityError
+from ..tracing.network import named_tensors, unwrap
 from . import scores
 from .groups import ChannelGraph
 from .mask import KeepMask
@@ -17,8 +18,9 @@ class ScheduledDecay(Penalty):
     """Every producer of a masked channel to exactly zero within `steps` optimizer steps.
 
     Scales, shifts and the filters of producers without a norm are capped, after each step, at a
-    share of the magnitude they had when this object was made. Removal is exact from then on, with
-    nothing to absorb. Momentum of what is zero is cleared.
+    share of the magnitude they had when this object was made; so are buffers that make channels,
+    as those of FrozenBatchNorm2d do. Removal is exact from then on, with nothing to absorb.
+    Momentum of what is zero is cleared.
 
     Args:
         span: share of the steps that one channel takes from its start to zero, linearly. The
@@ -27,6 +29,10 @@ class ScheduledDecay(Penalty):
             the kept scales of a heavily pruned layer down, too.
     """
 
+    shows_mask = "turn"
+    drives_buffers = True
+
+    @torch.inference_mode(False)  # whose tensors no step could write to
     def __init__(
         self, model: nn.Module, graph: ChannelGraph, keep: KeepMask, steps: int, span: float = 0.25
     ):
@@ -35,7 +41,8 @@ class ScheduledDecay(Penalty):
         if not 0 < span <= 1:
             raise MaskSparsityError(f"span={span}: a share of the steps, above 0 and up to 1")
         graph.check(model, keep)
-        slots = {slot: ~keep.slot(*slot) for slot in graph.exposed if slot[0] in graph.parameters}
+        own = dict(named_tensors(unwrap(model)))
+        slots = {slot: ~keep.slot(*slot) for slot in graph.exposed if _speaks(own[slot[0]])}
         super().__init__(model, dict(sorted(slots.items())))
         self.steps, self.span = steps, span
         with torch.no_grad():
@@ -48,10 +55,11 @@ class ScheduledDecay(Penalty):
         # A channel begins at its turn * (1 - span) of the steps, and takes span of them.
         turns = 1 + _turns(model, graph, keep) * ((1 - span) / span)
         self.turn = [
-            torch.cat([self._spread(turns, graph, name).reshape(-1) for name in v.names])
+            torch.cat([self._spread(turns, graph, name).reshape(-1) for name in v.names]) * v.masked
             for v in self.vectors
         ]
-        self.step = torch.zeros((), device=self.vectors[0].masked.device if self.vectors else None)
+        device = self.vectors[0].masked.device if self.vectors else None
+        self.step = torch.zeros((), dtype=torch.float32, device=device)
         self._moments: tuple[Any, list[Tensor], list[Tensor]] | None = None
 
     def _spread(self, turns: Tensor, graph: ChannelGraph, name: str) -> Tensor:
@@ -93,7 +101,8 @@ class ScheduledDecay(Penalty):
                 if isinstance(value, Tensor) and value.shape == tensor.shape
             ]
             moments, stays = [m for m, _, _ in found], [s for _, s, _ in found]
-            if len({id(tensor) for *_, tensor in found}) == len(self.tensors):
+            parameters = sum(isinstance(t, nn.Parameter) for t in self.tensors.values())
+            if len({id(tensor) for *_, tensor in found}) == parameters:
                 self._moments = (optimizer.state, moments, stays)
         else:
             _, moments, stays = self._moments
@@ -105,11 +114,17 @@ class ScheduledDecay(Penalty):
         return {"step": self.step, **vectors}
 
 
+def _speaks(tensor: Tensor) -> bool:
+    """Is it more than a buffer of zeros, such as the padding of a shortcut?"""
+    return tensor.is_floating_point() and (isinstance(tensor, nn.Parameter) or bool(tensor.any()))
+
+
 def _turns(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> Tensor:
     """float [units + 1]: when each masked unit begins to go, 0 first and 1 last; 1 for all else."""
-    turns = torch.ones(graph.units + 1)
+    turns = torch.ones(graph.units + 1, dtype=torch.float32)
     for name, score in (scores.norm(model, graph) | scores.scale(model, graph)).items():
         gone = (~keep[name]).nonzero().squeeze(1)
         order = torch.argsort(score[gone], stable=True)
-        turns[graph.by_name[name].start + gone[order]] = torch.linspace(0, 1, len(gone))
+        in_turn = torch.linspace(0, 1, len(gone), dtype=turns.dtype)
+        turns[graph.by_name[name].start + gone[order]] = in_turn
     return turns

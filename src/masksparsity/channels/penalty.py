@@ -43,6 +43,13 @@ class _Vector:
     def gather(self) -> Tensor:
         """What the parameters hold now, in memory that lasts: large allocations are slow. To be
         called without gradients."""
+        dtype, device = self.values.dtype, self.values.device
+        # Concatenation would round to the old dtype. (Asking every tensor's device would be slow.)
+        if {t.dtype for t in self.tensors} != {dtype} or self.tensors[0].device != device:
+            raise MaskSparsityError(
+                f"{self.names[0]} or those beside it are no longer {dtype} on {device}, as when "
+                "this penalty was made: make it after moving or converting the model"
+            )
         flat = [*self.tensors]
         for k in self.wide:
             flat[k] = flat[k].reshape(-1)
@@ -67,24 +74,29 @@ class Penalty(ABC):
     tensors: dict[str, Tensor]
     masked: dict[str, Tensor]
     """Per parameter: 1 where it is driven to zero, 0 elsewhere; broadcasts to the parameter."""
+    shows_mask = ""
+    """What of its state is zero where nothing is driven to zero, and nowhere else."""
+    drives_buffers = False
+    """Else one is like a frozen parameter."""
 
     def __init__(self, model: nn.Module, slots: Mapping[tuple[str, int], Tensor]):
         tensors = dict(named_tensors(unwrap(model)))
         self.tensors, self.masked = {}, {}
         for (name, axis), masked in slots.items():
             tensor = tensors[name]
-            if masked.any() and tensor.requires_grad:
-                shape = [-1 if a == axis else 1 for a in range(tensor.ndim)]
-                mask = masked.to(tensor.device, tensor.dtype).view(shape)
-                both = self.masked.get(name)
-                self.tensors[name] = tensor
-                self.masked[name] = mask if both is None else torch.maximum(both, mask)
-        frozen = [n for (n, _), m in slots.items() if m.any() and not tensors[n].requires_grad]
-        if frozen:
-            raise MaskSparsityError(
-                f"{frozen[0]} is frozen (requires_grad=False) but the mask wants it at zero; "
-                "unfreeze it, or keep its channels"
-            )
+            if not masked.any():
+                continue
+            driven = self.drives_buffers and not isinstance(tensor, nn.Parameter)
+            if not (tensor.requires_grad or driven):
+                raise MaskSparsityError(
+                    f"{name} is frozen (requires_grad=False) but the mask wants it at zero; "
+                    "unfreeze it, or keep its channels"
+                )
+            shape = [-1 if a == axis else 1 for a in range(tensor.ndim)]
+            mask = masked.to(tensor.device, tensor.dtype).view(shape)
+            both = self.masked.get(name)
+            self.tensors[name] = tensor
+            self.masked[name] = mask if both is None else torch.maximum(both, mask)
         kinds = {(t.device, t.dtype) for t in self.tensors.values()}
         self.vectors = [
             _Vector(
@@ -103,10 +115,10 @@ class Penalty(ABC):
             optimizer = inner  # Accelerate's wrapper takes no hooks
         held = {id(p): k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
         for name, tensor in self.tensors.items():
-            if id(tensor) not in held:
+            if id(tensor) not in held and isinstance(tensor, nn.Parameter):
                 raise MaskSparsityError(f"the optimizer does not hold {name}; give it all of them")
         for v in self.vectors:
-            runs = groupby(v.tensors, key=lambda t: held[id(t)])
+            runs = groupby(v.tensors, key=lambda t: held.get(id(t), 0))  # 0: a buffer
             v.runs = [(sum(t.numel() for t in run), group) for group, run in runs]
         self._optimizer = optimizer
         self._handles = [self._register(optimizer)]
@@ -135,10 +147,17 @@ class Penalty(ABC):
             MaskSparsityError: it is of a penalty on another model or mask.
         """
         own = self.state_dict()
-        if own.keys() != state.keys():
+        if own.keys() != state.keys() or not all(
+            self._fits(key, value, state[key]) for key, value in own.items()
+        ):
             raise MaskSparsityError("this state belongs to a penalty on another model or mask")
         for key, value in own.items():
             value.copy_(state[key])
+
+    def _fits(self, key: str, own: Tensor, other: Tensor) -> bool:
+        if own.shape != other.shape or not key.startswith(f"{self.shows_mask}."):
+            return own.shape == other.shape
+        return torch.equal(own != 0, other.to(own.device) != 0)
 
     def _named(self, what: str, vectors: list[Tensor]) -> dict[str, Tensor]:
         return {
@@ -189,6 +208,7 @@ class MaskedL1(Penalty):
     the shifts are free: removal is not exact. `Proximal` and `ScheduledDecay` reach zero.
     """
 
+    @torch.inference_mode(False)  # whose tensors no step could write to
     def __init__(
         self,
         model: nn.Module,
@@ -204,7 +224,22 @@ class MaskedL1(Penalty):
         self.weights = [strength * v.masked for v in self.vectors]
 
     def _register(self, optimizer: Optimizer) -> Any:
-        return optimizer.register_step_pre_hook(lambda *_: self.apply())
+        return optimizer.register_step_pre_hook(self._before)
+
+    def _before(self, _: Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self.apply()
+            return None
+
+        def penalised() -> Any:  # it clears the gradients that were there before the step
+            loss = closure()
+            self.apply()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": penalised}
+        return (args[0], penalised, *args[2:]), kwargs
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -243,6 +278,9 @@ class Proximal(Penalty):
     momentum)`, so that strength means the same as in the published form (ISTA, arXiv 1802.00124).
     Gives exact zeros; what has reached zero stays there."""
 
+    shows_mask = "pull"
+
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -66,8 +67,9 @@ def prune(
 
     Raises:
         MaskSparsityError: if the mask leaves a group without channels, if optimizer state has a
-            shape that is not its parameter's, or if the slim model cannot be proved to read the
-            same channels as before. Nothing has changed then.
+            shape that is not its parameter's, if the optimizer wraps one that has parameter groups
+            of its own, or if the slim model cannot be proved to read the same channels as before.
+            Nothing has changed then.
     """
     slim = remove(model, graph, keep, optimizer, absorb)
     if absorb is None and not is_silent(model, graph, keep):
@@ -244,8 +246,9 @@ def cut(tensor: Tensor, axes: list[tuple[int, Tensor]]) -> Tensor:
     out = tensor
     for axis, index in axes:
         out = out.index_select(axis, index.to(tensor.device))
-    if tensor.ndim == 4 and not tensor.is_contiguous():
-        out = out.contiguous(memory_format=torch.channels_last)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if tensor.ndim in last and not tensor.is_contiguous():
+        out = out.contiguous(memory_format=last[tensor.ndim])
     return out
 
 
@@ -339,23 +342,57 @@ def _carry_over(
     kept_of: Mapping[str, list[tuple[int, Tensor]]],
 ) -> None:
     names = {id(tensor): name for name, tensor in old.items()}
-    state: dict[Tensor, dict] = {}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
+    lists = [group["params"] for group in optimizer.param_groups]
+    if any(id(p) not in names for params in lists for p in params):
+        raise MaskSparsityError("the optimizer holds parameters of another model")
+    states = {id(o.state): o.state for o in _with_inner(optimizer, names)}
+    changed = []
+    for state in states.values():
+        entries = {}
+        for p, values in state.items():
             name = names.get(id(p))
-            if name is None:
-                raise MaskSparsityError("the optimizer holds parameters of another model")
-            entries = state[new[name]] = dict(optimizer.state.get(p, {}))
-            for key, value in entries.items():
-                if not isinstance(value, Tensor) or value.ndim == 0:
-                    continue
-                if value.shape != p.shape:
-                    raise MaskSparsityError(
-                        f"optimizer state {key!r} of {name} has shape {tuple(value.shape)}, the "
-                        f"parameter {tuple(p.shape)}: it cannot be sliced; start a new optimizer"
-                    )
-                entries[key] = cut(value, kept_of.get(name, []))
-    for group in optimizer.param_groups:
-        group["params"] = [new[names[id(p)]] for p in group["params"]]
-    optimizer.state.clear()
-    optimizer.state.update({p: entries for p, entries in state.items() if entries})
+            if name is not None:
+                p, values = new[name], _cut_state(values, name, p, kept_of.get(name, []))
+            entries[p] = values
+        changed.append((state, entries))
+    for params in lists:  # in place: LBFGS keeps the list
+        params[:] = [new[names[id(p)]] for p in params]
+    for state, entries in changed:
+        state.clear()
+        state.update(entries)
+
+
+def _with_inner(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
+) -> list[torch.optim.Optimizer]:
+    """The optimizer and those that it wraps, which have to share its lists of parameters."""
+    found, shared = [optimizer], {id(group["params"]) for group in optimizer.param_groups}
+    for outer in found:
+        for inner in vars(outer).values():
+            if not isinstance(inner, torch.optim.Optimizer) or inner in found:
+                continue
+            found.append(inner)
+            apart = [g["params"] for g in inner.param_groups if id(g["params"]) not in shared]
+            if any(id(p) in names for params in apart for p in params):
+                raise MaskSparsityError(
+                    f"{type(outer).__name__} wraps an optimizer, {type(inner).__name__}, with "
+                    "parameter groups of its own, which would keep the dense parameters: prune "
+                    "without optimizer=, and make a new one for the slim model"
+                )
+    return found
+
+
+def _cut_state(
+    values: Mapping[str, Any], name: str, p: Tensor, axes: list[tuple[int, Tensor]]
+) -> dict[str, Any]:
+    def sliced(key: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            return value
+        if value.shape != p.shape:
+            raise MaskSparsityError(
+                f"optimizer state {key!r} of {name} has shape {tuple(value.shape)}, the parameter "
+                f"{tuple(p.shape)}: it cannot be sliced; start a new optimizer"
+            )
+        return cut(value, axes)
+
+    return {key: tree_map(partial(sliced, key), value) for key, value in values.items()}
