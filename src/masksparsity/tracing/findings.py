@@ -38,7 +38,7 @@ class Findings:
         self.trained = 0  # forwards in train mode
         self.doubled = False  # of two examples, where there was one
         self.decided = False  # values came to Python, which may have chosen its way by them
-        self.strangers: dict[int, Tensor] = {}  # filled by what is no operation
+        self.suspects: dict[int, Tensor] = {}  # by id
         self.spoilt: dict[Slot, Reason] = {}
         self.mattered = False  # values did, where they were made up
 

@@ -26,11 +26,12 @@ from .network import (
     tensors_in,
     unchanged,
 )
+from .origins import VIEWS
 from .places import PLACING
 from .rules import SIZED
 from .standin import CONVOLUTION, stand_in
 from .tracer import Rule, Tracer
-from .watch import Calls, assignments, escapes, inference_mode_off, module_stack, strangers
+from .watch import Calls, arrivals, assignments, escapes, inference_mode_off, module_stack
 from .writing import values_of
 
 _EMPTY = torch.ops.aten.empty.memory_format
@@ -70,8 +71,9 @@ class Operations(TorchDispatchMode):
         # What is lifted was made of numbers, which are recorded.
         tracer.origins = () if operation == "lift_fresh" else tracer.sources.of(every)
         first = len(tracer.records)
-        for x in tensors_in(every) if tracer.strangers else ():
-            if id(root(x)) in tracer.strangers and not tracer.labels(x):
+        reads = tracer.suspects and operation not in (*VIEWS, "alias", "detach")
+        for x in tensors_in(every) if reads else ():
+            if id(root(x)) in tracer.suspects and not tracer.labels(x):
                 tracer.record((), values_of(x))
         tracer.numbers = () if operation in SIZED else numbers(every)
         if rule is None:
@@ -152,7 +154,7 @@ def run(
             module_stack(tracer),
             Calls(tracer) if tracer.given else escapes(tracer),
             assignments(tracer),
-            strangers(tracer),
+            arrivals(tracer),
             fused_attention_off(),
             inference_mode_off(),
             Operations(tracer),

@@ -17,11 +17,11 @@ Origin = int | None
 """None: nothing is known, and it is like any other."""
 
 ORIGIN, WRITTEN = "_masksparsity_origin", "_masksparsity_written"
-_VIEWS = frozenset(
+VIEWS = frozenset(
     {"_reshape_alias", "as_strided", "expand", "permute", "select", "slice", "squeeze", "t",
      "transpose", "unsqueeze", "view"}
 )  # fmt: skip
-_MOVES = _VIEWS | {"_to_copy", "_unsafe_view", "alias", "clone", "detach"}
+_MOVES = VIEWS | {"_to_copy", "_unsafe_view", "alias", "clone", "detach"}
 """These make nothing new, unless they record numbers: for one width a layout may be copied that for
 another is only seen in another way."""
 
@@ -74,7 +74,7 @@ class Origins:
         if moved and made[0].dtype != args[0].dtype:
             numbers = [*numbers, made[0].dtype]
         if moved and not numbers:
-            self._tell(made[0], self._own(args[0]) if operation in _VIEWS else read[0])
+            self._tell(made[0], self._own(args[0]) if operation in VIEWS else read[0])
             return
         how = None if None in read else _hash(("" if moved else operation, read, tuple(numbers)))
         for k, x in enumerate(made):

@@ -132,6 +132,10 @@ class Tracer(Findings):
         if labels or self.is_labelled(out):
             setattr(out, _LABELS, (self.token, labels))
 
+    def suspect(self, tensor: Tensor) -> None:
+        """What is no operation may fill it: the proof compares its values where they are read."""
+        self.suspects[id(root(tensor))] = root(tensor)
+
     def spoil(self, labels: Iterable[Labels], why: str) -> None:
         """Channels are protected if those that own these have to be zero."""
         slots = frozenset().union(*(m.sources for m in labels))

@@ -12,15 +12,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .labels import Reason
-from .memory import root
 from .tracer import Tracer
 
-_SHOWING = ("numpy", "__array__", "data_ptr", "__dlpack__", "untyped_storage")
-_WAYS_OUT = (*_SHOWING, "tolist")
-_FILLING: dict[Any, tuple[str, ...]] = {
-    Tensor: (*_SHOWING, "apply_", "map_", "map2_"),
-    torch: ("from_numpy", "as_tensor", "asarray", "frombuffer", "from_dlpack"),
-}
+_WAYS_OUT = (
+    "numpy", "__array__", "tolist", "data_ptr", "__dlpack__", "untyped_storage", "apply_", "map_",
+    "map2_",
+)  # fmt: skip
+_WAYS_IN = ("from_numpy", "as_tensor", "asarray", "frombuffer", "from_dlpack")
 _LEAVING = frozenset(getattr(Tensor, name) for name in _WAYS_OUT)
 LEFT = "values leave PyTorch"
 _ALONE = threading.RLock()  # patches are the whole process's: one forward at a time has them
@@ -38,6 +36,7 @@ def escapes(tracer: Tracer) -> Iterator[None]:
         tracer.mattered = tracer.decided = True
         tracer.memory.share(x)
         tracer.memory.overwrite(x)
+        tracer.suspect(x)
         if found := tracer.labels(x):
             tracer.operation = method.__name__
             tracer.expose(found)
@@ -60,21 +59,17 @@ def escapes(tracer: Tracer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def strangers(tracer: Tracer) -> Iterator[None]:
-    """Memory that is filled, or may be, by what is no operation: the proof compares its values
-    where they are read."""
+def arrivals(tracer: Tracer) -> Iterator[None]:
+    """Memory that comes in from outside of PyTorch may be filled by what is no operation."""
 
-    def show(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def arrive(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         out = function(*args, **kwargs)
-        for x in (*args[:1], out):
-            if isinstance(x, Tensor):
-                tracer.strangers[id(root(x))] = root(x)
+        tracer.suspect(out)
         return out
 
     with _ALONE, contextlib.ExitStack() as patches:
-        for owner, names in _FILLING.items():
-            for name in names:
-                patches.enter_context(_patched(owner, name, show))
+        for name in _WAYS_IN:
+            patches.enter_context(_patched(torch, name, arrive))
         yield
 
 
@@ -139,6 +134,7 @@ class Calls(TorchFunctionMode):
         if func in _LEAVING:
             reason = Reason(LEFT, func.__name__, self.tracer.module)
             self.tracer.memory.overwrite(args[0])
+            self.tracer.suspect(args[0])
             self.tracer.left += [(m.ids, reason) for m in self.tracer.labels(args[0])]
         try:
             return func(*args, **kwargs)
