@@ -131,7 +131,9 @@ def networks(draw: st.DrawFn) -> nn.Sequential:
             layers += [nn.Conv2d(width, 2 * width, 1, groups=width), act]
             width *= 2
         elif kind == 10:
-            layers += [nn.ConvTranspose2d(width, width, 3, padding=1), nn.PReLU(width)]
+            groups = draw(st.sampled_from((1, 2, width)))
+            layers += [nn.ConvTranspose2d(width, width, 3, padding=1, groups=groups)]
+            layers += [nn.PReLU(width)]
         else:
             layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), act]
     layers += [nn.AdaptiveAvgPool2d(2), Flatten(4 * width if literal else None)]
