@@ -98,7 +98,7 @@ def _onnx(model: nn.Module, inputs: Inputs) -> tuple[bytes, Run | None]:
         raise MissingLibrary("ONNX needs two libraries: pip install onnx onnxscript") from error
     args, kwargs = inputs
     for place, output in tree_leaves_with_path(model(*args, **kwargs)):
-        if not isinstance(output, Tensor):
+        if output is not None and not isinstance(output, Tensor):
             raise NotATensor(
                 f"ONNX has tensors alone, and output{keystr(place)} is {output!r}: leave it out, "
                 "or write .pt2"

@@ -81,6 +81,7 @@ READ_OTHERWISE = {
     "turned": lambda x, c: F.conv2d(x, c.weight.transpose(2, 3).contiguous(), padding=1),
     "rounded": lambda x, c: F.conv2d(x, c.weight.float().to(x.dtype), padding=1),
     "from the left": lambda x, c: c.weight[..., 0, 0] @ x.flatten(2),
+    "the other way": lambda x, c: F.conv_transpose2d(x, c.weight.transpose(0, 1)),
     "in parts": lambda x, c: sum(
         F.conv2d(a, w) for a, w in zip(x.chunk(2, 1), c.weight.chunk(2, 1), strict=True)
     ),
@@ -101,10 +102,24 @@ def test_a_deformable_convolution_reads_constants_as_they_are():
         lambda x, c: deform_conv2d(x, offsets.expand(len(x), -1, 8, 8), c.weight, padding=1)
     )
     assert distance(ms.prune(model, graph, keep, absorb="exact")(x), model(x)) <= 1e-9
+    with pytest.raises(ms.MaskSparsityError, match=r"c\.weight reads where offsets point"):
+        ms.prune(model, graph, keep, absorb="bias")
 
 
-def test_a_bias_that_is_not_read_takes_nothing_over():
-    model, graph, keep, _ = between(lambda x, c: F.conv2d(x, c.weight))
+def test_sparse_tensors_do_not_stand_in_the_way():
+    same = torch.eye(8).double().to_sparse()
+    model, graph, keep, x = between(lambda x, c: F.conv2d(x * same.to_dense()[0, 0], c.weight))
+    assert distance(ms.prune(model, graph, keep, absorb="exact")(x), model(x)) <= 1e-9
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_a_bias_that_is_not_read_as_it_is_takes_nothing_over(times):
+    read = (
+        lambda x, c: F.conv2d(x, c.weight),
+        lambda x, c: F.conv2d(x, c.weight, 2 * c.bias),
+        lambda x, c: F.conv2d(x, c.weight, c.bias) + c.bias[:, None, None],
+    )
+    model, graph, keep, _ = between(read[times])
     with pytest.raises(ms.MaskSparsityError, match=r"c\.weight has no bias, and no norm follows"):
         ms.prune(model, graph, keep, absorb="bias")
 

@@ -139,6 +139,7 @@ EXACT = {
                             w=nn.Linear(16, 16)), 16),
     "weight norm": (lambda: parametrizations.weight_norm(conv(16, 16, 3)), 16),
     "transposed, in groups": (lambda: nn.ConvTranspose2d(16, 16, 2, groups=4), 16),
+    "transposed, two to one": (lambda: nn.ConvTranspose2d(16, 8, 2, groups=8), 8),
     "transposed, depthwise": (lambda: nn.ConvTranspose2d(16, 16, 4, 2, 1, groups=16), 16),
     "depthwise, three each": (lambda: conv(16, 48, 3, groups=16), 48),
     "cached": (Cached, 16),
@@ -186,6 +187,12 @@ def test_masks_that_break_constraints_are_refused_never_wrong(name):
         keep = random_mask(graph, seed)
         fits = all(pieces.satisfied(keep.units) for pieces in graph.constraints)
         assert exact(model, graph, keep) or not fits
+
+
+def test_one_channel_of_a_transposed_depthwise_convolution_may_stay():
+    model = calibrated(Net(nn.ConvTranspose2d(16, 16, 2, groups=16)), X)
+    graph = ms.trace(model, X)
+    assert exact(model, graph, ms.KeepMask(graph, {"a": torch.arange(16) == 3}))
 
 
 PROTECTED = {

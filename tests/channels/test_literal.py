@@ -62,10 +62,12 @@ def test_an_attribute_of_the_same_number_that_is_no_width_stays():
         return x.view(len(x), s.inter, -1).mean(2)
 
     model = Literal(operation, 24).double()
-    model.size, model.classes = 24, 24
+    model.size, model.classes, model.sizes = 24, 24, [24]
     graph = ms.trace(model, x := torch.randn(2, 3, 8, 8, dtype=torch.double))
     slim = ms.prune(model, graph, ms.KeepMask(graph, {"b": torch.arange(24) < 10}))
     assert (slim.size, slim.classes, slim.inter) == (24, 24, 10)
+    assert slim.sizes == [24]
+    assert slim.sizes is not model.sizes
     exact(model, x, graph)
 
 

@@ -4,6 +4,7 @@ import functools
 from collections import OrderedDict
 from random import Random
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +97,19 @@ def test_a_buffer_that_repeats_its_values_is_traced_in_training_too():
     graph = ms.trace(model, x)
     assert [g.size for g in graph.prunable] == [8]
     exact(model, x, graph)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_a_function_writes_is_undone(training):
+    def write(s: nn.Module, x: Tensor) -> Tensor:
+        if s.training is training:
+            s.count.apply_(lambda n: n + 1)
+        return x
+
+    model = Middle(write).eval()
+    model.register_buffer("count", torch.zeros(2))
+    ms.trace(model, torch.randn(2, 3, 4, 4))
+    assert model.count.tolist() == [0, 0]
 
 
 def another(s: nn.Module, x: Tensor) -> Tensor:
@@ -254,8 +268,8 @@ def rows(length: int, dtype: torch.dtype) -> Tensor:
 
 
 @functools.cache
-def settings() -> dict[str, int]:
-    return {"times": 2}
+def settings() -> Any:
+    return np  # a module holds itself, and more
 
 
 def cached(function):
@@ -277,7 +291,7 @@ class Grid(Middle):
         return rows(height, dtype)[:, None] * Grid.columns(width, dtype)
 
     def __init__(self):
-        super().__init__(lambda s, x: x * Grid.both(*x.shape[2:], x.dtype) * settings()["times"])
+        super().__init__(lambda s, x: x * Grid.both(*x.shape[2:], x.dtype) * settings().e)
 
 
 @pytest.mark.parametrize("before", [0, 2])
@@ -293,6 +307,20 @@ def test_what_functions_remember_does_not_stand_in_the_way(before):
     exact(model.double(), x.double(), graph)
     assert own == (Grid.columns, Grid.both, rows, settings)
     assert rows(4, x.dtype) is rows(4, x.dtype)
+
+
+class Closed(type):
+    def __setattr__(cls, name, value):
+        raise TypeError("closed")
+
+
+class Shut(Middle, metaclass=Closed):
+    two = staticmethod(functools.cache(lambda: 2))
+
+
+def test_a_class_that_refuses_to_be_written_to_keeps_its_cache():
+    model = Shut(lambda s, x: s.two() * x)
+    assert len(ms.trace(model, torch.randn(2, 3, 4, 4)).prunable) == 1
 
 
 def test_in_inference_mode_the_same_comes_out():

@@ -24,6 +24,10 @@ Constants = dict[str, tuple[int, Tensor]]
 _SMALL = 1e-6  # relative to the largest constant: below it there is nothing to hand over
 
 
+_PRODUCTS = {  # operation -> where its input, weight and bias are among its arguments
+    "convolution": (0, 1, 2), "torchvision::deform_conv2d": (0, 1, 4), "linear": (0, 1, 2),
+    "addmm": (1, 2, 0), "mm": (0, 1, 2),
+}  # fmt: skip
 _CONVOLUTIONS = ("convolution", "torchvision::deform_conv2d")
 
 
@@ -33,14 +37,16 @@ class _Inputs(TorchDispatchMode):
 
     def __init__(self, tensors: dict[str, Tensor]):
         super().__init__()
-        self.shapes = {name: _lengths(x) for name, x in tensors.items()}
+        self.tensors = tensors
         # Products see a transposed view of a weight: memory tells whose.
-        self.owners = {x.untyped_storage().data_ptr(): name for name, x in tensors.items()}
-        self.owners |= {x.data_ptr(): name for name, x in tensors.items()}
+        real = [(name, x) for name, x in tensors.items() if _has_memory(x)]
+        self.owners = {x.untyped_storage().data_ptr(): name for name, x in real}
+        self.owners |= {x.data_ptr(): name for name, x in real}
         self.seen: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = {}
+        self.spread: dict[str, int] = {}  # transposed: positions that share a kernel out
         self.read: set[str] = set()
         self.otherwise: set[str] = set()
-        self.spread: dict[str, int] = {}  # transposed: positions that share a kernel out
+        self.deformed: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -48,31 +54,45 @@ class _Inputs(TorchDispatchMode):
         given = [(self._owner(x), x) for x in tensors_in((args, kwargs))]
         owned = [(owner, x) for owner, x in given if owner is not None]
         self.read |= {owner for owner, _ in owned}
-        views = any(r.alias_info for r in func._schema.returns) and not func._schema.is_mutable
-        product = name in (*_CONVOLUTIONS, "addmm", "mm", "linear")
-        x, weight = args[name == "addmm" :][:2] if product else (None, None)
-        for owner, tensor in owned if not views else ():
-            if x is None or tensor is not weight or _lengths(tensor) != self.shapes[owner]:
+        if any(r.alias_info for r in func._schema.returns) and not func._schema.is_mutable:
+            return out  # a view
+        scaled = any(value != 1 for value in (kwargs or {}).values())  # by alpha or beta
+        places = _PRODUCTS.get(name, ()) if not scaled else ()
+        x, weight, bias = [args[k] if k < len(args) else None for k in places] or [None] * 3
+        for owner, tensor in owned:
+            if x is not None and tensor is weight and self._is_whole(owner, tensor, name):
+                self._note(owner, name, x, args)
+            elif tensor is not bias:
                 self.otherwise.add(owner)
-                continue
-            axis = 1 if name in _CONVOLUTIONS else x.ndim - 1
-            rows = x.movedim(axis, 0).flatten(1)
-            transposed = name == "convolution" and args[6]
-            if transposed:
-                self.spread[owner] = math.prod(args[3])
-            place = owner, None if name not in _CONVOLUTIONS else 0 if transposed else 1
-            low, high = self.seen.get(place, (rows[:, 0], rows[:, 0]))
-            self.seen[place] = torch.minimum(low, rows.amin(1)), torch.maximum(high, rows.amax(1))
         return out
+
+    def _note(self, owner: str, name: str, x: Tensor, args: Any) -> None:
+        convolution = name in _CONVOLUTIONS
+        transposed = name == "convolution" and args[6]
+        if transposed:
+            self.spread[owner] = math.prod(args[3])
+        if name == "torchvision::deform_conv2d":
+            self.deformed.add(owner)
+        rows = x.movedim(1 if convolution else x.ndim - 1, 0).flatten(1)
+        place = owner, (0 if transposed else 1) if convolution else None
+        low, high = self.seen.get(place, (rows[:, 0], rows[:, 0]))
+        self.seen[place] = torch.minimum(low, rows.amin(1)), torch.maximum(high, rows.amax(1))
+
+    def _is_whole(self, owner: str, weight: Tensor, name: str) -> bool:
+        """Matrices may be seen transposed, or be convolutions of one pixel."""
+        own = self.tensors[owner].shape
+        return weight.shape == own if name in _CONVOLUTIONS else weight.numel() == own.numel()
 
     def _owner(self, x: Tensor) -> str | None:
         """Whose memory it shows."""
+        if not _has_memory(x):
+            return None
         name = self.owners.get(x.data_ptr())
         return name or self.owners.get(x.untyped_storage().data_ptr())
 
 
-def _lengths(x: Tensor) -> list[int]:
-    return sorted(n for n in x.shape if n > 1)
+def _has_memory(x: Tensor) -> bool:
+    return x.layout == torch.strided and x.numel() > 0
 
 
 def absorb(
@@ -109,7 +129,13 @@ def absorb(
     constants, watch = _constants(model, graph, keep, tensors)
     if how == "exact":
         return model, _carry(graph, keep, constants, tensors)
-    _into_biases(graph, constants, {name: tensors[name] for name in watch.read}, watch.spread)
+    if deformed := sorted(watch.deformed & constants.keys()):
+        raise MaskSparsityError(
+            f"absorb: {deformed[0]} reads where offsets point, which may be outside of the image, "
+            "and no bias can stand for that; use absorb='exact'"
+        )
+    biases = {name: tensors[name] for name in watch.read - watch.otherwise}
+    _into_biases(graph, constants, tensors, biases, watch.spread)
     return model, keep
 
 
@@ -142,13 +168,13 @@ def _constants(
         gone = ~keep.slot(name, axis).to(tensors[name].device)
         if not gone.any():
             continue
-        if name in watch.otherwise:
+        seen = watch.seen.get((name, axis), watch.seen.get((name, None)))
+        if name in watch.otherwise or (seen is None and name in watch.read):
             raise MaskSparsityError(
                 f"absorb: {name} is not read by a convolution or linear layer as it is, so nothing "
                 "can be folded into it; prune with absorb=None, or drive the channels to zero with "
                 "ScheduledDecay"
             )
-        seen = watch.seen.get((name, axis), watch.seen.get((name, None)))
         if seen is None:  # in training only
             continue
         # Of a grouped convolution each index is a channel of every group.
@@ -240,7 +266,11 @@ def _fold(
 
 @torch.no_grad()
 def _into_biases(
-    graph: ChannelGraph, constants: Constants, tensors: dict[str, Tensor], spread: dict[str, int]
+    graph: ChannelGraph,
+    constants: Constants,
+    tensors: dict[str, Tensor],
+    biases: dict[str, Tensor],
+    spread: dict[str, int],
 ) -> None:
     for name, (axis, value) in constants.items():
         weight = tensors[name].movedim(axis, 1) if axis != 1 else tensors[name]
@@ -251,8 +281,8 @@ def _into_biases(
         if not said.any():
             continue
         bias, mean = f"{name.removesuffix('weight')}bias", graph.behind.get(name)
-        if bias in tensors:
-            tensors[bias] += said
+        if bias in biases:
+            biases[bias] += said
         elif mean is not None:
             tensors[mean] -= said
         else:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import MaskSparsityError
+from ..tracing.findings import extents
 from ..tracing.network import named_tensors, unwrap
 from . import scores
 from .groups import ChannelGraph
@@ -115,8 +116,10 @@ class ScheduledDecay(Penalty):
 
 
 def _speaks(tensor: Tensor) -> bool:
-    """Is it more than a buffer of zeros, such as the padding of a shortcut?"""
-    return tensor.is_floating_point() and (isinstance(tensor, nn.Parameter) or bool(tensor.any()))
+    """Is it more than a buffer of zeros, such as the padding of a shortcut, or of one value?"""
+    if not tensor.is_floating_point() or isinstance(tensor, nn.Parameter):
+        return tensor.is_floating_point()
+    return bool(tensor.any()) and extents(tensor) == [*tensor.shape]
 
 
 def _turns(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> Tensor:

@@ -112,6 +112,7 @@ class ChannelGraph:
     unused: tuple[str, ...]
     """Parameters that no operation used on the example inputs: they keep their shape."""
     example: tuple[tuple, dict]
+    depthwise: frozenset[str]
     made_up: bool
     """It was traced without computing convolutions, no value having mattered."""
     rules: Mapping[str, Rule]

@@ -39,6 +39,7 @@ def norm(model: nn.Module, graph: ChannelGraph, p: float = 1, reduce: str = "mea
     return _collect(graph, parts, reduce)
 
 
+@torch.inference_mode(False)
 def taylor(
     model: nn.Module,
     graph: ChannelGraph,

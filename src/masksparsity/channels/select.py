@@ -41,6 +41,7 @@ class _Ranking:
         graph: ChannelGraph,
         scores: Scores,
         kept: KeepMask | None = None,
+        /,
         *,
         min_keep: int = 1,
         round_to: int = 1,

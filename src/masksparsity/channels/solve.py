@@ -79,6 +79,7 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
         parameters=frozenset(tracer.parameters),
         unused=tracer.untouched(),
         example=example,
+        depthwise=frozenset(tracer.depthwise),
         made_up=tracer.made_up,
         rules=tracer.rules,
     )

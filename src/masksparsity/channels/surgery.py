@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -180,11 +181,13 @@ def _leave_the_needless(
     for name, values in changed.items():
         for attribute in values:
             alike.setdefault((type(slim.get_submodule(name)), attribute), []).append(name)
-    for (_, attribute), names in alike.items() if len(alike) > 1 else ():
+    if len(alike) == 1:
+        return
+    for (_, attribute), names in alike.items():
         modules = [(slim.get_submodule(name), model.get_submodule(name)) for name in names]
         followed = [getattr(module, attribute) for module, _ in modules]
         for module, before in modules:
-            setattr(module, attribute, getattr(before, attribute))
+            setattr(module, attribute, copy(getattr(before, attribute)))
         try:
             proved()
         except Refusal:

@@ -51,6 +51,7 @@ def records_now(model: nn.Module, graph: ChannelGraph) -> tuple[Record, ...]:
         MaskSparsityError: it reads parameters of another model in place of its own.
     """
     tracer = Tracer(model, graph.rules, dict(graph.labels))
+    tracer.depthwise |= graph.depthwise
     _replay(tracer, model, graph)
     unread = sorted({*tracer.untouched()} - {*graph.unused})
     if unread and tracer.foreign:
@@ -85,6 +86,7 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask, made_up: bool = 
     failure = None
     with shadow(slim) as net:
         tracer = Tracer(net, graph.rules, given, made_up)
+        tracer.depthwise |= graph.depthwise
         try:
             _replay(tracer, net, graph)
         except Exception as error:

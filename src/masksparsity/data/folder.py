@@ -117,6 +117,6 @@ def _archive(path: Path) -> Iterator[tuple[PurePosixPath, ImageFile]]:
             if plain and archive.fileobj is not None:
                 archive.fileobj.seek(archive.offset)
                 if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError("damaged or cut short")
+                    raise tarfile.ReadError("no block of zeros ends it; is it cut short?")
     except Exception as error:  # tarfile and each of the compressions raise their own
         raise MaskSparsityError(f"{path} is not a readable tar archive: {error}") from error

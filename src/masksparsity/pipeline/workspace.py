@@ -18,7 +18,7 @@ from masksparsity.data import create as create_data
 from masksparsity.errors import MaskSparsityError
 from masksparsity.pipeline.config import Config
 from masksparsity.pipeline.rundir import FILES, RunDir
-from masksparsity.tracing.network import evaluating, named_tensors
+from masksparsity.tracing.network import evaluating, named_tensors, shadow
 from masksparsity.train import dist
 
 # Settings that change no number: a run may go on with others.
@@ -146,8 +146,8 @@ class Workspace:
         if not any(True for _ in model.parameters()):
             raise MaskSparsityError(f"{name} has no parameters: there is nothing to train or prune")
         try:
-            with evaluating(model.modules()), torch.no_grad():
-                output = model(self.example())
+            with shadow(model) as net, evaluating(net.modules()), torch.no_grad():
+                output = net(self.example())
         except Exception as error:  # the model may be the user's, and raise anything
             raise MaskSparsityError(
                 f"{name} does not take images of {' '.join(map(str, self.config.model.input))}; do "

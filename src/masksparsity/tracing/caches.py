@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .network import LIBRARIES, tensors_in
+from .network import LIBRARIES
 
 _Cache = functools._lru_cache_wrapper
 _METHODS = (staticmethod, classmethod)
@@ -24,8 +24,9 @@ def computed_anew(modules: Iterable[nn.Module]) -> Iterator[None]:
     whatever they remember. Other values, which may be the state of a program, are left alone."""
     with contextlib.ExitStack() as stack:
         for owner, name, value, other in _caches({type(m) for m in modules}):
-            setattr(owner, name, other)
-            stack.callback(setattr, owner, name, value)
+            with contextlib.suppress(Exception):  # some classes refuse
+                setattr(owner, name, other)
+                stack.callback(setattr, owner, name, value)
         yield
 
 
@@ -54,7 +55,10 @@ def _anew(cache: Any) -> Callable:
     def once(*args: Any, **kwargs: Any) -> Any:
         hits = cache.cache_info().hits
         found = cache(*args, **kwargs)
-        remembered = cache.cache_info().hits > hits and [*tensors_in(found)]
-        return cache.__wrapped__(*args, **kwargs) if remembered else found
+        parts = found.values() if isinstance(found, dict) else found
+        several = parts if isinstance(found, (dict, list, tuple)) else [found]
+        if cache.cache_info().hits == hits or not any(isinstance(x, Tensor) for x in several):
+            return found
+        return cache.__wrapped__(*args, **kwargs)
 
     return once

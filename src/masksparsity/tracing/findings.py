@@ -38,6 +38,7 @@ class Findings:
         self.trained = 0  # forwards in train mode
         self.doubled = False  # of two examples, where there was one
         self.decided = False  # values came to Python, which may have chosen its way by them
+        self.depthwise: set[str] = set()  # weights of transposed convolutions
         self.suspects: dict[int, Tensor] = {}  # by id
         self.spoilt: dict[Slot, Reason] = {}
         self.mattered = False  # values did, where they were made up
@@ -88,8 +89,10 @@ def numbers(args: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def rounded(number: Any) -> Any:
-    """To fewer digits than may depend on the order of a sum."""
-    return float(f"{number:.9g}") if type(number) is float else number
+    """To fewer digits than may depend on the order of a sum; NaN is like NaN."""
+    if type(number) is not float:
+        return number
+    return float(f"{number:.9g}") if number == number else "nan"
 
 
 def aside(out: Tensor, labels: Iterable[Labels]) -> list[int]:

@@ -148,13 +148,13 @@ def run(
         tracer.sources.begin(tracer.modules, bool(tracer.memory.kept), tracer.memory.inputs)
         with (
             evaluating(tracer.modules.values(), training, seed) as drawn,
-            computed_anew(tracer.modules.values()),
             eager(),
             torch.no_grad(),
             module_stack(tracer),
             Calls(tracer) if tracer.given else escapes(tracer),
             assignments(tracer),
             arrivals(tracer),
+            computed_anew(tracer.modules.values()),
             fused_attention_off(),
             inference_mode_off(),
             Operations(tracer),

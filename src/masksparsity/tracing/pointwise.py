@@ -204,8 +204,8 @@ def _between(flags: list[bool], args: Any) -> bool:
 
 
 def _of_power(args: Any) -> Any:
-    negative = args[1] < 0 if isinstance(args[1], (int, float, Tensor)) else False
-    return args[0] if bool(torch.as_tensor(negative).any()) else None
+    power = args[1].min() if isinstance(args[1], Tensor) and args[1].numel() else args[1]
+    return args[0] if isinstance(power, (int, float, Tensor)) and (power < 0) else None
 
 
 def _divide(flags: list[bool], args: Any) -> bool:

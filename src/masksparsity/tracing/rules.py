@@ -61,8 +61,10 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
     if groups > 1:
         inputs = ids.view(groups, -1)[0] if shape[1] > 1 else torch.zeros(1, dtype=torch.int64)
         t.cut(t.along(ids, 1, 2), ())
-    lone = transposed and groups == shape[0] > shape[1] == 1
-    if lone and not any(1 in m.axes for m in t.labels(weight)):  # depthwise, also when traced
+    name = t.names.get(id(weight))
+    if transposed and groups == shape[0] > shape[1] == 1 and name and not t.given:
+        t.depthwise.add(name)
+    if transposed and name in t.depthwise:
         outputs, sources, clean = t.out_ids(weight, 0)
         t.unite(outputs, ids)
         into = 1

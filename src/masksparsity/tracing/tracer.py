@@ -134,7 +134,8 @@ class Tracer(Findings):
 
     def suspect(self, tensor: Tensor) -> None:
         """What is no operation may fill it: the proof compares its values where they are read."""
-        self.suspects[id(root(tensor))] = root(tensor)
+        if tensor.layout == torch.strided:
+            self.suspects[id(root(tensor))] = root(tensor)
 
     def spoil(self, labels: Iterable[Labels], why: str) -> None:
         """Channels are protected if those that own these have to be zero."""

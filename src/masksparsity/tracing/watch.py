@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .labels import Reason
+from .memory import root
 from .tracer import Tracer
 
 _WAYS_OUT = (
@@ -36,6 +37,7 @@ def escapes(tracer: Tracer) -> Iterator[None]:
         tracer.mattered = tracer.decided = True
         tracer.memory.share(x)
         tracer.memory.overwrite(x)
+        tracer.memory.spare(root(x))
         tracer.suspect(x)
         if found := tracer.labels(x):
             tracer.operation = method.__name__
@@ -134,6 +136,7 @@ class Calls(TorchFunctionMode):
         if func in _LEAVING:
             reason = Reason(LEFT, func.__name__, self.tracer.module)
             self.tracer.memory.overwrite(args[0])
+            self.tracer.memory.spare(root(args[0]))
             self.tracer.suspect(args[0])
             self.tracer.left += [(m.ids, reason) for m in self.tracer.labels(args[0])]
         try:
