@@ -1,5 +1,6 @@
 """What a trace finds: the groups, their costs and the proof are made of it."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -90,8 +91,11 @@ def numbers(args: Iterable[Any]) -> tuple[Any, ...]:
 
 def rounded(number: Any) -> Any:
     """To fewer digits than may depend on the order of a sum; NaN is like NaN."""
-    if type(number) is not float:
-        return number
+    return _to_nine_digits(number) if type(number) is float else number
+
+
+@functools.lru_cache(1024)  # nearly all are the constants of norms
+def _to_nine_digits(number: float) -> Any:
     return float(f"{number:.9g}") if number == number else "nan"
 
 
