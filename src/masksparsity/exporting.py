@@ -60,7 +60,7 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path) -> None:
             checks = [(i, _tensors(model(*i[0], **i[1]))) for i in (example, _longer(traced))]
             data, run = _FORMATS[path.suffix](model, traced)
             found = [run(inputs) for inputs, _ in checks] if run is not None else None
-        except (MissingLibrary, NotATensor) as error:
+        except Hindrance as error:
             raise MaskSparsityError(f"{path}: {error}") from error
         except Exception as error:
             text = re.sub(r"\x1b\[[\d;]*m", "", str(error))  # torch colours some of its own
@@ -82,12 +82,8 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path) -> None:
     atomic.write(path, data)
 
 
-class MissingLibrary(Exception):
-    """Says what to install."""
-
-
-class NotATensor(Exception):
-    """Says which output."""
+class Hindrance(Exception):
+    """Says what to do: its message is told as it is."""
 
 
 def _onnx(model: nn.Module, inputs: Inputs) -> tuple[bytes, Run | None]:
@@ -95,11 +91,11 @@ def _onnx(model: nn.Module, inputs: Inputs) -> tuple[bytes, Run | None]:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise MissingLibrary("ONNX needs two libraries: pip install onnx onnxscript") from error
+        raise Hindrance("ONNX needs two libraries: pip install onnx onnxscript") from error
     args, kwargs = inputs
     for place, output in tree_leaves_with_path(model(*args, **kwargs)):
         if output is not None and not isinstance(output, Tensor):
-            raise NotATensor(
+            raise Hindrance(
                 f"ONNX has tensors alone, and output{keystr(place)} is {output!r}: leave it out, "
                 "or write .pt2"
             )

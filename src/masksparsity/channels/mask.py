@@ -167,12 +167,9 @@ class KeepMask(Mapping[str, Tensor]):
         self._same_graph(other)
         norms = zip(self.by_norm().values(), other.by_norm().values(), strict=True)
         for pairs in ([*norms], [(self.units, other.units)]):
-            both, either = (
-                sum(int((~f(a, b)).sum()) for a, b in pairs)
-                for f in (torch.logical_or, torch.logical_and)
-            )
+            either = sum(int((~a | ~b).sum()) for a, b in pairs)
             if either:
-                return both / either
+                return sum(int((~a & ~b).sum()) for a, b in pairs) / either
         return 1.0
 
     def __and__(self, other: "KeepMask") -> "KeepMask":

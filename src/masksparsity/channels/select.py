@@ -7,7 +7,6 @@ may, its units with the highest scores stay; of equal scores the first stay.
 import math
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from functools import partial
 from typing import TypedDict, Unpack
 
 import torch
@@ -166,7 +165,8 @@ def fraction(
     _share("fraction", fraction)
     ranking = _Ranking(graph, scores, **limits)
     masks, units = _nested(ranking)
-    kept = _smallest(masks, units, lambda m: m.pruned_fraction >= fraction, f"fraction {fraction}")
+    what = f"fraction={fraction}"
+    kept = _smallest(masks, units, lambda m: m.pruned_fraction, fraction, what, limits)
     return _from(kept, "fraction", fraction=fraction, **limits)
 
 
@@ -219,24 +219,14 @@ def budget(
     def removed(mask: KeepMask) -> float:
         return 1 - measure(mask) / max(dense, 1e-12)
 
-    def enough(goal: float, mask: KeepMask) -> bool:
-        return removed(mask) >= goal
-
     for part in range(1, rounds + 1):
         ranking = _Ranking(graph, scores(kept) if callable(scores) else scores, kept, **limits)
         masks, units = _nested(ranking, _prices(ranking, measure, kept) if per_cost else None)
-        most = removed(masks(units))
-        kept = _smallest(
-            masks,
-            units,
-            partial(enough, share * part / rounds),
-            f"pruned_{what}={share}: at most {most:.4f} can go under {_words(limits)} and "
-            "what is protected; ask for less",
-        )
-    chosen = {f"pruned_{what}": share, **limits}
-    chosen |= {"per_cost": True} if per_cost else {}
+        goal = share * part / rounds
+        kept = _smallest(masks, units, removed, goal, f"pruned_{what}={share}", limits)
+    chosen = {"per_cost": True} if per_cost else {}
     chosen |= {"rounds": rounds} if rounds > 1 else {}
-    return _from(kept, "budget", **chosen)
+    return _from(kept, "budget", **{f"pruned_{what}": share, **limits, **chosen})
 
 
 _Costs = dict[str, tuple[float | None, Callable[[KeepMask], float] | None]]
@@ -293,15 +283,24 @@ def _nested(
 
 
 def _smallest(
-    masks: Callable[[int], KeepMask], units: int, enough: Callable[[KeepMask], bool], what: str
+    masks: Callable[[int], KeepMask],
+    units: int,
+    removed: Callable[[KeepMask], float],
+    goal: float,
+    what: str,
+    limits: Limits,
 ) -> KeepMask:
-    """The first of a nested sequence of masks that is enough."""
-    if not enough(masks(units)):
-        raise MaskSparsityError(f"the budget cannot be met: {what}")
+    """The first of a nested sequence of masks that removes as much as `goal`."""
+    most = removed(masks(units))
+    if most < goal:
+        raise MaskSparsityError(
+            f"the budget cannot be met: {what}: at most {most:.4f} can go under {_words(limits)} "
+            "and what is protected; ask for less"
+        )
     low, high = -1, units
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if enough(masks(middle)) else (middle, high)
+        low, high = (low, middle) if removed(masks(middle)) >= goal else (middle, high)
     return masks(high)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tracing.labels import ANONYMOUS, Reason, Slot
+from ..tracing.labels import ANONYMOUS, Cut, Reason, Slot
 from ..tracing.tracer import Tracer
 from . import constraints as limits
 from .cost import Layer
@@ -58,13 +58,7 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
         behind={n: mean for n, mean in tracer.behind.items() if (n, 0) not in tracer.exposed},
         swallowed=to_units(_cat(tracer.swallowed)),
         constraints=limits.constraints(pieces, to_units, free),
-        cuts=tuple(
-            c._replace(
-                whole=units_of[id(c.whole)].view(c.whole.shape),
-                pieces=tuple(units_of[id(ids)].view(ids.shape) for ids in c.pieces),
-            )
-            for c in tracer.cuts
-        ),
+        cuts=tuple(_cut(c, units_of) for c in tracer.cuts),
         training=tracer.trained,
         doubled=tracer.doubled,
         records=tuple(tracer.records),
@@ -83,6 +77,12 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
         made_up=tracer.made_up,
         rules=tracer.rules,
     )
+
+
+def _cut(cut: Cut, units_of: dict[int, Tensor]) -> Cut:
+    """The same in units."""
+    whole, *pieces = (units_of[id(ids)].view(ids.shape) for ids in (cut.whole, *cut.pieces))
+    return cut._replace(whole=whole, pieces=tuple(pieces))
 
 
 class _Axes:

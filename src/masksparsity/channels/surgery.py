@@ -1,15 +1,13 @@
-"""Take channels out: slice every parameter, buffer and optimizer state, and fix the modules."""
+"""Take channels out, and prove that what is left computes the same."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._pytree import tree_map
 
 from ..errors import MaskSparsityError
@@ -27,7 +25,8 @@ from . import constraints as limits
 from .absorb import absorb as hand_over
 from .groups import ChannelGraph
 from .mask import KeepMask
-from .silence import silence
+from .optimizer import carry_over
+from .rebuild import cut, rebuild
 from .verify import Refusal, prove, records_now
 
 
@@ -132,7 +131,7 @@ def remove(
     with undisturbed(model):
         _settle(model, slim, graph, keep, made_up)
     if optimizer is not None:
-        _carry_over(optimizer, tensors, dict(named_tensors(slim)), kept_of)
+        carry_over(optimizer, tensors, dict(named_tensors(slim)), kept_of)
     return slim
 
 
@@ -242,160 +241,3 @@ def _outputs(net: nn.Module, graph: ChannelGraph) -> list[Tensor]:
     args, kwargs = tree_map(noisy, like(graph.example, net))
     with evaluating(net.modules()), torch.no_grad():
         return list(tensors_in(net(*args, **kwargs)))
-
-
-def cut(tensor: Tensor, axes: list[tuple[int, Tensor]]) -> Tensor:
-    """The given indices of the given axes, in the tensor's own memory format."""
-    out = tensor
-    for axis, index in axes:
-        out = out.index_select(axis, index.to(tensor.device))
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}
-    if tensor.ndim in last and not tensor.is_contiguous():
-        out = out.contiguous(memory_format=last[tensor.ndim])
-    return out
-
-
-def rebuild(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of `model` with some parameters and buffers of another size, attributes fixed."""
-    memo: dict[int, Tensor] = {}
-    for name, old in named_tensors(model):
-        if name in tensors:
-            new = tensors[name]
-            if isinstance(old, nn.Parameter):
-                new = nn.Parameter(new, requires_grad=old.requires_grad)
-            new.__dict__.update(old.__dict__)
-            memo[id(old)] = new
-    slim = duplicate(model, memo)  # shared modules and tied weights stay shared and tied
-    now = dict(named_tensors(slim))
-    fixed = [name for name, new in tensors.items() if now[name].shape != new.shape]
-    if fixed:
-        raise MaskSparsityError(f"{fixed[0]} keeps its size in a copy of the model: protect it")
-    pairs = [*zip(model.modules(), slim.modules(), strict=True)]
-    # A weight that is read in train mode may take a step, as spectral_norm does.
-    with evaluating([module for pair in pairs for module in pair]):
-        for before, after in pairs:
-            for hook in after._forward_pre_hooks.values():
-                if isinstance(hook, WeightNorm):  # a weight computed before each forward
-                    setattr(after, hook.name, hook.compute_weight(after).detach())
-            fix = next((ATTRIBUTES[t] for t in type(after).__mro__ if t in ATTRIBUTES), None)
-            if fix is not None:
-                fix(before, after)
-    return slim
-
-
-def _conv(old: Any, new: Any) -> None:
-    outputs, inputs = new.weight.shape[:2]
-    if old.groups > 1 and old.weight.shape[1] == 1:  # depthwise: a group per input channel
-        new.groups = outputs * old.groups // old.out_channels
-        inputs = 1
-    new.out_channels, new.in_channels = outputs, inputs * new.groups
-    silence(new)
-
-
-def _conv_transpose(old: Any, new: Any) -> None:
-    if old.groups == old.in_channels == old.out_channels:  # depthwise
-        new.groups = new.weight.shape[0]
-    new.in_channels, new.out_channels = new.weight.shape[0], new.weight.shape[1] * new.groups
-
-
-def _linear(old: Any, new: Any) -> None:
-    new.out_features, new.in_features = new.weight.shape
-    silence(new)
-
-
-def _norm(old: Any, new: Any) -> None:
-    tensor = new.weight if new.weight is not None else new.running_mean
-    if tensor is not None:
-        new.num_features = len(tensor)
-    silence(new)
-
-
-def _group_norm(old: Any, new: Any) -> None:
-    if new.weight is not None:
-        new.num_groups = old.num_groups * len(new.weight) // old.num_channels
-        new.num_channels = len(new.weight)
-
-
-def _recurrent(old: Any, new: Any) -> None:
-    first = "weight_ih_l0" if isinstance(new, nn.RNNBase) else "weight_ih"
-    new.input_size = getattr(new, first).shape[1]
-
-
-def _prelu(old: Any, new: Any) -> None:
-    new.num_parameters = len(new.weight)
-
-
-ATTRIBUTES: dict[type, Callable[[Any, Any], None]] = {
-    nn.modules.conv._ConvNd: _conv,
-    nn.modules.conv._ConvTransposeNd: _conv_transpose,
-    nn.Linear: _linear,
-    nn.modules.batchnorm._NormBase: _norm,
-    nn.GroupNorm: _group_norm,
-    nn.PReLU: _prelu,
-    nn.RNNBase: _recurrent,
-    nn.RNNCellBase: _recurrent,
-}
-"""Module type -> fix(old, new), which sets the attributes that follow from the tensors' shapes."""
-
-
-def _carry_over(
-    optimizer: torch.optim.Optimizer,
-    old: Mapping[str, Tensor],
-    new: Mapping[str, Tensor],
-    kept_of: Mapping[str, list[tuple[int, Tensor]]],
-) -> None:
-    names = {id(tensor): name for name, tensor in old.items()}
-    lists = [group["params"] for group in optimizer.param_groups]
-    if any(id(p) not in names for params in lists for p in params):
-        raise MaskSparsityError("the optimizer holds parameters of another model")
-    states = {id(o.state): o.state for o in _with_inner(optimizer, names)}
-    changed = []
-    for state in states.values():
-        entries = {}
-        for p, values in state.items():
-            name = names.get(id(p))
-            if name is not None:
-                p, values = new[name], _cut_state(values, name, p, kept_of.get(name, []))
-            entries[p] = values
-        changed.append((state, entries))
-    for params in lists:  # in place: LBFGS keeps the list
-        params[:] = [new[names[id(p)]] for p in params]
-    for state, entries in changed:
-        state.clear()
-        state.update(entries)
-
-
-def _with_inner(
-    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
-) -> list[torch.optim.Optimizer]:
-    """The optimizer and those that it wraps, which have to share its lists of parameters."""
-    found, shared = [optimizer], {id(group["params"]) for group in optimizer.param_groups}
-    for outer in found:
-        for inner in vars(outer).values():
-            if not isinstance(inner, torch.optim.Optimizer) or inner in found:
-                continue
-            found.append(inner)
-            apart = [g["params"] for g in inner.param_groups if id(g["params"]) not in shared]
-            if any(id(p) in names for params in apart for p in params):
-                raise MaskSparsityError(
-                    f"{type(outer).__name__} wraps an optimizer, {type(inner).__name__}, with "
-                    "parameter groups of its own, which would keep the dense parameters: prune "
-                    "without optimizer=, and make a new one for the slim model"
-                )
-    return found
-
-
-def _cut_state(
-    values: Mapping[str, Any], name: str, p: Tensor, axes: list[tuple[int, Tensor]]
-) -> dict[str, Any]:
-    def sliced(key: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            return value
-        if value.shape != p.shape:
-            raise MaskSparsityError(
-                f"optimizer state {key!r} of {name} has shape {tuple(value.shape)}, the parameter "
-                f"{tuple(p.shape)}: it cannot be sliced; start a new optimizer"
-            )
-        return cut(value, axes)
-
-    return {key: tree_map(partial(sliced, key), value) for key, value in values.items()}

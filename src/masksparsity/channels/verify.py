@@ -51,7 +51,6 @@ def records_now(model: nn.Module, graph: ChannelGraph) -> tuple[Record, ...]:
         MaskSparsityError: it reads parameters of another model in place of its own.
     """
     tracer = Tracer(model, graph.rules, dict(graph.labels))
-    tracer.depthwise |= graph.depthwise
     _replay(tracer, model, graph)
     unread = sorted({*tracer.untouched()} - {*graph.unused})
     if unread and tracer.foreign:
@@ -69,6 +68,7 @@ def records_now(model: nn.Module, graph: ChannelGraph) -> tuple[Record, ...]:
 
 def _replay(tracer: Tracer, model: nn.Module, graph: ChannelGraph) -> None:
     args, kwargs = like(graph.example, model)
+    tracer.depthwise |= graph.depthwise
     run(tracer, model, args, kwargs)
     if graph.training:
         tracer.doubled = graph.doubled
@@ -86,7 +86,6 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask, made_up: bool = 
     failure = None
     with shadow(slim) as net:
         tracer = Tracer(net, graph.rules, given, made_up)
-        tracer.depthwise |= graph.depthwise
         try:
             _replay(tracer, net, graph)
         except Exception as error:

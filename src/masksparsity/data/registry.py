@@ -50,12 +50,7 @@ def create(
         return images
     if config.resident is False and isinstance(images.test, Pixels):
         raise MaskSparsityError(f"data {config.name!r} is always resident; only folder can stream")
-    channels, height, width = images.test.shape
-    if images.train and images.train.shape != images.test.shape:
-        raise MaskSparsityError(
-            f"data {config.name!r}: training images {list(images.train.shape)} and test images "
-            f"{list(images.test.shape)} have different shapes"
-        )
+    channels, height, width = _shape(config.name, images)
     normalize = Normalize(*_figures(config, images, channels), width, device)
     crop_padding = images.crop_padding if config.crop_padding is None else config.crop_padding
     flip = images.flip if config.flip is None else config.flip
@@ -86,6 +81,15 @@ def create(
         size=(height, width),
         name=config.name,
     )
+
+
+def _shape(name: str, images: ImageSet) -> tuple[int, int, int]:
+    if images.train and images.train.shape != images.test.shape:
+        raise MaskSparsityError(
+            f"data {name!r}: training images {list(images.train.shape)} and test images "
+            f"{list(images.test.shape)} have different shapes"
+        )
+    return images.test.shape
 
 
 def _source(config: DataConfig) -> ImageSet | Data:

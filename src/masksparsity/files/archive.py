@@ -15,7 +15,8 @@ from safetensors.torch import save as encode
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from masksparsity.channels.surgery import WRITTEN_DOWN, rebuild
+from masksparsity.channels.rebuild import rebuild
+from masksparsity.channels.surgery import WRITTEN_DOWN
 from masksparsity.errors import MaskSparsityError
 from masksparsity.models.registry import Constructor, constructor
 from masksparsity.tracing.network import named_tensors, unwrap

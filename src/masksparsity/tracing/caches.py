@@ -55,10 +55,14 @@ def _anew(cache: Any) -> Callable:
     def once(*args: Any, **kwargs: Any) -> Any:
         hits = cache.cache_info().hits
         found = cache(*args, **kwargs)
-        parts = found.values() if isinstance(found, dict) else found
-        several = parts if isinstance(found, (dict, list, tuple)) else [found]
-        if cache.cache_info().hits == hits or not any(isinstance(x, Tensor) for x in several):
-            return found
-        return cache.__wrapped__(*args, **kwargs)
+        remembered = cache.cache_info().hits > hits and _holds_tensors(found)
+        return cache.__wrapped__(*args, **kwargs) if remembered else found
 
     return once
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Is it one, or a plain container of some? Others may hold anything, such as a whole package."""
+    parts = value.values() if isinstance(value, dict) else value
+    several = parts if isinstance(value, (dict, list, tuple)) else [value]
+    return any(isinstance(x, Tensor) for x in several)

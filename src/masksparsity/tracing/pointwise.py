@@ -204,8 +204,12 @@ def _between(flags: list[bool], args: Any) -> bool:
 
 
 def _of_power(args: Any) -> Any:
-    power = args[1].min() if isinstance(args[1], Tensor) and args[1].numel() else args[1]
-    return args[0] if isinstance(power, (int, float, Tensor)) and (power < 0) else None
+    power = args[1]
+    if isinstance(power, Tensor):
+        negative = not power.is_complex() and bool((power < 0).any())
+    else:
+        negative = isinstance(power, (int, float)) and power < 0
+    return args[0] if negative else None
 
 
 def _divide(flags: list[bool], args: Any) -> bool:

@@ -1,0 +1,106 @@
+"""A copy of a model with tensors of other sizes: slice them, and fix the modules that hold them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
+
+from ..errors import MaskSparsityError
+from ..tracing.network import duplicate, evaluating, named_tensors
+from .silence import silence
+
+
+def cut(tensor: Tensor, axes: list[tuple[int, Tensor]]) -> Tensor:
+    """The given indices of the given axes, in the tensor's own memory format."""
+    out = tensor
+    for axis, index in axes:
+        out = out.index_select(axis, index.to(tensor.device))
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if tensor.ndim in last and not tensor.is_contiguous():
+        out = out.contiguous(memory_format=last[tensor.ndim])
+    return out
+
+
+def rebuild(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of `model` with some parameters and buffers of another size, attributes fixed."""
+    memo: dict[int, Tensor] = {}
+    for name, old in named_tensors(model):
+        if name in tensors:
+            new = tensors[name]
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+            new.__dict__.update(old.__dict__)
+            memo[id(old)] = new
+    slim = duplicate(model, memo)  # shared modules and tied weights stay shared and tied
+    now = dict(named_tensors(slim))
+    fixed = [name for name, new in tensors.items() if now[name].shape != new.shape]
+    if fixed:
+        raise MaskSparsityError(f"{fixed[0]} keeps its size in a copy of the model: protect it")
+    pairs = [*zip(model.modules(), slim.modules(), strict=True)]
+    # A weight that is read in train mode may take a step, as spectral_norm does.
+    with evaluating([module for pair in pairs for module in pair]):
+        for before, after in pairs:
+            for hook in after._forward_pre_hooks.values():
+                if isinstance(hook, WeightNorm):  # a weight computed before each forward
+                    setattr(after, hook.name, hook.compute_weight(after).detach())
+            fix = next((ATTRIBUTES[t] for t in type(after).__mro__ if t in ATTRIBUTES), None)
+            if fix is not None:
+                fix(before, after)
+    return slim
+
+
+def _conv(old: Any, new: Any) -> None:
+    outputs, inputs = new.weight.shape[:2]
+    if old.groups > 1 and old.weight.shape[1] == 1:  # depthwise: a group per input channel
+        new.groups = outputs * old.groups // old.out_channels
+        inputs = 1
+    new.out_channels, new.in_channels = outputs, inputs * new.groups
+    silence(new)
+
+
+def _conv_transpose(old: Any, new: Any) -> None:
+    if old.groups == old.in_channels == old.out_channels:  # depthwise
+        new.groups = new.weight.shape[0]
+    new.in_channels, new.out_channels = new.weight.shape[0], new.weight.shape[1] * new.groups
+
+
+def _linear(old: Any, new: Any) -> None:
+    new.out_features, new.in_features = new.weight.shape
+    silence(new)
+
+
+def _norm(old: Any, new: Any) -> None:
+    tensor = new.weight if new.weight is not None else new.running_mean
+    if tensor is not None:
+        new.num_features = len(tensor)
+    silence(new)
+
+
+def _group_norm(old: Any, new: Any) -> None:
+    if new.weight is not None:
+        new.num_groups = old.num_groups * len(new.weight) // old.num_channels
+        new.num_channels = len(new.weight)
+
+
+def _recurrent(old: Any, new: Any) -> None:
+    first = "weight_ih_l0" if isinstance(new, nn.RNNBase) else "weight_ih"
+    new.input_size = getattr(new, first).shape[1]
+
+
+def _prelu(old: Any, new: Any) -> None:
+    new.num_parameters = len(new.weight)
+
+
+ATTRIBUTES: dict[type, Callable[[Any, Any], None]] = {
+    nn.modules.conv._ConvNd: _conv,
+    nn.modules.conv._ConvTransposeNd: _conv_transpose,
+    nn.Linear: _linear,
+    nn.modules.batchnorm._NormBase: _norm,
+    nn.GroupNorm: _group_norm,
+    nn.PReLU: _prelu,
+    nn.RNNBase: _recurrent,
+    nn.RNNCellBase: _recurrent,
+}
+"""Module type -> fix(old, new), which sets the attributes that follow from the tensors' shapes."""
