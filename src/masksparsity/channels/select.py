@@ -224,9 +224,10 @@ def budget(
         masks, units = _nested(ranking, _prices(ranking, measure, kept) if per_cost else None)
         goal = share * part / rounds
         kept = _smallest(masks, units, removed, goal, f"pruned_{what}={share}", limits)
-    chosen = {"per_cost": True} if per_cost else {}
+    chosen = {f"pruned_{what}": share, **limits}
+    chosen |= {"per_cost": True} if per_cost else {}
     chosen |= {"rounds": rounds} if rounds > 1 else {}
-    return _from(kept, "budget", **{f"pruned_{what}": share, **limits, **chosen})
+    return _from(kept, "budget", **chosen)
 
 
 _Costs = dict[str, tuple[float | None, Callable[[KeepMask], float] | None]]
