@@ -5,18 +5,35 @@ In-place forms share the rule of the plain one (`relu_` is looked up as `relu`).
 protected. Users add rows through `trace(..., rules={"my_op": rule})`.
 """
 
-import math
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import cuts, joining, movement, places, pointwise, recurrent, reshape, space, writing
-from .labels import Labels, Norm, Product, Slot
-from .tracer import FOLD, WRITTEN_TO, Rule, Tracer
+from . import (
+    cuts,
+    joining,
+    movement,
+    norms,
+    places,
+    pointwise,
+    products,
+    recurrent,
+    reshape,
+    space,
+    writing,
+)
+from .tracer import Rule, Tracer
+
+
+def extremum(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
+    """Of two tensors, or of one along some axis."""
+    two = len(args) > 1 and isinstance(args[1], Tensor)
+    RULES["maximum" if two else "amax"](t, op, args, kwargs, out, inplace)
+
 
 RULES: dict[str, Rule] = {
+    **products.RULES,
+    **norms.RULES,
     **movement.RULES,
     **reshape.RULES,
     **cuts.RULES,
@@ -26,334 +43,8 @@ RULES: dict[str, Rule] = {
     **writing.RULES,
     **places.RULES,
     **recurrent.RULES,
+    **dict.fromkeys(("max", "min"), extremum),
 }
 
 SIZED = frozenset({*movement.RULES, *reshape.RULES, "convolution", "native_group_norm"})
 """Operations among whose numbers there are widths, or places along channels."""
-
-_ELSEWHERE = "channels lie along another axis"
-_SECOND = frozenset({1})
-
-
-def rule(*operations: str) -> Callable[[Rule], Rule]:
-    """Enter a function for these operations."""
-
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(operations, function))
-        return function
-
-    return register
-
-
-# Products: what comes in meets the weight's input axis, its output axis goes out ------------------
-
-
-@rule("convolution")
-def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
-    """Plain, grouped, depthwise and transposed, of any number of dimensions."""
-    x, weight, bias, *_, transposed, _, groups = args
-    into, outof = (0, 1) if transposed else (1, 0)
-    shape = weight.shape
-    ids, seen = t.consume(x, 1, _ELSEWHERE)
-    how = str(args[3:8])  # lists have no hash
-    t.record((seen,) if seen else (), (how, *out.shape[2:], *(() if seen else x.shape[1:2])))
-    inputs = ids  # of one group
-    if groups > 1:
-        inputs = ids.view(groups, -1)[0] if shape[1] > 1 else torch.zeros(1, dtype=torch.int64)
-        t.cut(t.along(ids, 1, 2), ())
-    name = t.names.get(id(weight))
-    if transposed and groups == shape[0] > shape[1] == 1 and name and not t.given:
-        t.depthwise.add(name)
-    if transposed and name in t.depthwise:
-        outputs, sources, clean = t.out_ids(weight, 0)
-        t.unite(outputs, ids)
-        into = 1
-    elif transposed:
-        t.meet(weight, into, ids)  # [I, O/g, ...]: each index of the input axis is one channel
-        per_group, sources, clean = t.out_ids(weight, outof)
-        outputs = per_group.repeat(groups)
-        if groups > 1:
-            _tie_groups(t, groups, ids)
-    else:
-        outputs, sources, clean = t.out_ids(weight, outof)
-        if shape[1] == 1 and groups > 1:  # depthwise: an input owns its outputs
-            if seen is not None and _all_alike(t, weight):
-                outputs, clean = ids.repeat_interleave(shape[0] // groups), seen.clean
-            t.unite(outputs.view(groups, -1), ids.view(groups, 1))
-        else:
-            t.meet(weight, into, inputs)
-            if groups > 1:
-                _tie_groups(t, groups, ids, outputs)
-    _read_by(t, weight, into, ids)
-    known = sources or outputs.any()
-    sources, clean = _biased(t, bias, outputs, sources, clean)
-    counted = x if transposed else out  # every input position is spread over the kernel, or read
-    positions = counted.numel() / counted.shape[1] * math.prod(shape[2:])
-    t.products.append(Product(t.module, positions, outputs, inputs))
-    # A lone or unknown channel is no channel: it may be broadcast over others.
-    t.set(out, [_channels(t, outputs, out.ndim, clean, sources)] if known else ())
-
-
-def _biased(
-    t: Tracer, bias: Tensor | None, ids: Tensor, sources: frozenset[Slot], clean: bool
-) -> tuple[frozenset[Slot], bool]:
-    """The sources of what a bias is added to, and whether it is clean still."""
-    t.meet(bias, 0, ids)
-    sources |= t.in_slots(bias, 0)
-    t.producers |= sources
-    return sources, clean and t.is_clean(bias, 0)
-
-
-def _all_alike(t: Tracer, weight: Tensor) -> bool:
-    """Is it one filter for all channels, as a blur has it, made as often as there are channels?"""
-    if id(weight) in t.names or t.labels(weight):
-        return False
-    t.mattered = True
-    return bool((weight == weight[:1]).all())
-
-
-def _read_by(t: Tracer, weight: Tensor, into: int, ids: Tensor) -> None:
-    """A weight sums over channels. One that is computed has no slot that could tell so."""
-    slots = t.in_slots(weight, into)
-    t.consumers |= slots
-    if not slots and any(into in m.axes for m in t.labels(weight)):
-        t.swallowed.append(ids)
-
-
-def _tie_groups(t: Tracer, groups: int, *arrays: Tensor) -> None:
-    """Groups stay equal: position j of every group lives and dies together."""
-    for ids in arrays:
-        rows = ids.view(groups, -1)
-        t.unite(rows, rows[:1])
-
-
-@rule("torchvision::deform_conv2d")
-def deformable(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
-    """A convolution that reads where its offsets point."""
-    x, weight, offset, mask, bias, *steps, groups, offset_groups, _ = args
-    if offset_groups > 1:  # each moves channels of its own
-        t.unknown(args, kwargs, out)
-        return
-    t.pin([*t.labels(offset), *t.labels(mask)], "values become positions")
-    # For no bias the library makes zeros.
-    made = id(bias) not in t.names and not t.labels(bias) and not bias.any()
-    convolution(
-        t, op, (x, weight, None if made else bias, steps, 0, 0, False, 0, groups), {}, out, False
-    )
-
-
-@rule("addmm")
-def addmm(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
-    """A product with a bias, as of linear layers."""
-    bias, a, b = args[:3]
-    _matmul(t, a, b, bias if bias.ndim == 1 else None, out)
-    if bias.ndim != 1:
-        t.pin(t.labels(bias), "a matrix is added to a product")
-
-
-@rule("mm", "bmm")
-def mm(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
-    """Matrix products, one or a batch."""
-    _matmul(t, args[0], args[1], None, out)
-
-
-@rule("baddbmm")
-def baddbmm(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
-    """`bmm`, as long as what would be added is left out."""
-    if kwargs.get("beta", 1) == 0 and not inplace:
-        _matmul(t, args[1], args[2], None, out)
-    else:
-        t.unknown(args, kwargs, out)
-
-
-@rule("linear")
-def linear(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
-    """The weight lies transposed: [outputs, inputs]."""
-    x, weight, bias = (*args, None)[:3]
-    _matmul(t, x, weight, bias, out, into=1)
-
-
-def _matmul(
-    t: Tracer, a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, into: int = -2
-) -> None:
-    """`a` [..., n, k] times `b` [..., k, m] ([m, k] for linear, where `into` is 1)."""
-    into, outof = into % b.ndim, (b.ndim - 1 if into == -2 else 0)
-    # A term is zero if either factor is; the weights of a removed input are not.
-    partner = [m for m in t.labels(b) if into in m.axes and m.clean and m.sources <= t.producers]
-    ids, seen = t.read(a, -1) if len(partner) == 1 else t.consume(a, -1)
-    if seen is not None and len(partner) == 1:
-        t.swallow(seen if seen.clean else partner[0])
-    rows = [m for m in t.labels(a) if a.ndim - 1 not in m.axes]
-    batch = [m for m in t.labels(b) if not m.axes & {into, outof}] if b.ndim > 2 else []
-    t.record([*([seen] if seen else []), *rows, *batch], [] if seen else [a.shape[-1]])
-    t.meet(b, into, ids)
-    t.expose([*rows, *batch])
-    t.exposed |= frozenset().union(*(m.sources for m in t.labels(b) if into in m.axes))
-    _read_by(t, b, into, ids)
-    outputs, sources, clean = t.out_ids(b, outof)
-    sources, clean = _biased(t, bias, outputs, sources, clean)
-    if bias is not None:
-        t.pin(rows, "a bias is added to every row")
-    t.producers |= frozenset().union(*(m.sources for m in rows))
-    t.products.append(Product(t.module, out.numel() / out.shape[-1], outputs, ids))
-    last = out.ndim - 1
-    columns = Labels(t.along(outputs, last, out.ndim), frozenset({last}), clean, sources)
-    for m in batch:
-        for k, other in enumerate(rows):
-            if other.axes & m.axes:
-                t.unite(m.ids, other.ids)
-                rows[k] = other._replace(clean=other.clean or m.clean)
-                break
-        else:
-            rows.append(m._replace(sources=frozenset()))
-    t.set(out, [*rows, columns] if outputs.any() else rows)
-
-
-@rule(
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-)
-def attention(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
-    """Queries, keys and values [batch, heads, tokens, width]."""
-    scale, last = kwargs.get("scale"), 3
-    found = [t.labels(x) for x in args[:3]]
-    everything = [m for ms in found for m in ms]
-    t.record(everything, [scale, args[0].shape[1]])
-    t.expose(everything)
-    masks = [m for a in (*args[3:], *kwargs.values()) if isinstance(a, Tensor) for m in t.labels(a)]
-    odd = [m for m in everything if last not in m.axes or 2 in m.axes]
-    t.pin([*odd, *masks], "no channels of attention")
-    queries, keys, values = ([m for m in ms if last in m.axes] for ms in found)
-    if len(queries) != 1 or len(keys) != 1 or args[0].shape[1] != args[1].shape[1]:
-        t.pin([*queries, *keys], "meets a tensor whose channels are unknown")
-    else:
-        t.unite(queries[0].ids, keys[0].ids)
-        t.swallow(queries[0] if queries[0].clean else keys[0])
-        if scale is None:
-            t.pin(queries, "attention divides by the width")
-    t.set(_first(out), [m._replace(sources=frozenset()) for m in values])
-
-
-def _first(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out
-
-
-def _channels(t: Tracer, ids: Tensor, ndim: int, clean: bool, sources: frozenset) -> Labels:
-    return Labels(t.along(ids, 1, ndim), _SECOND, clean, sources)
-
-
-# Norms --------------------------------------------------------------------------------------------
-
-
-@rule(
-    "native_batch_norm",
-    "_native_batch_norm_legit",
-    "_native_batch_norm_legit_no_training",
-    "_batch_norm_with_update",
-    "_batch_norm_no_update",
-    "cudnn_batch_norm",
-    "miopen_batch_norm",
-)
-def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
-    """Each channel by itself; with a scale, zero where scale and shift are."""
-    x, weight, bias, *statistics = args[:5]
-    ids, seen = t.read(x, 1, "normalised over channels")
-    t.record((seen,) if seen else ())
-    for tensor in (weight, *statistics):
-        if isinstance(tensor, Tensor):
-            t.meet(tensor, 0, ids)
-    if seen is None:
-        t.meet(bias, 0, ids)
-        t.set(out[0], ())
-        return
-    if weight is not None:
-        sources, clean = t.in_slots(weight, 0), t.is_clean(weight, 0)
-    else:  # with its own statistics, what is zero everywhere stays zero
-        sources, clean = seen.sources, seen.clean and statistics[0] is None
-        t.expose([seen])
-    sources, clean = _biased(t, bias, ids, sources, clean)
-    name = t.names.get(id(weight))
-    if name is not None and name not in t.norms:
-        t.norms[name] = Norm(t.module, name, t.names.get(id(bias)))
-    if args[5] and not seen.clean:  # while training it writes statistics of what does not vanish
-        for tensor in statistics:
-            if isinstance(tensor, Tensor):
-                found = t.labels(tensor)
-                t.spoil(found, WRITTEN_TO)
-                if id(tensor) not in t.names:
-                    t.set(tensor, [m._replace(clean=False) for m in found])
-    makers = [n for n, _ in seen.sources if (n, 1) in t.consumers]
-    if len(makers) == 1 and statistics[0] is not None and id(statistics[0]) in t.names:
-        t.behind[makers[0]] = t.names[id(statistics[0])]
-    t.set(out[0], [_channels(t, ids, x.ndim, clean, sources)])
-
-
-@rule("native_group_norm")
-def group_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
-    """Whole groups go: each has its own statistics."""
-    x, weight, bias, *_, groups, eps = args
-    ids, seen = t.read(x, 1, _ELSEWHERE)
-    t.record([seen] if seen else [], [x.shape[1] // groups, eps])
-    for tensor in (weight, bias):
-        t.meet(tensor, 0, ids)
-    if seen is None:
-        t.set(out[0], ())
-        return
-    t.expose([seen])
-    rows = ids.view(groups, -1)
-    if groups == 1:
-        t.pin(ids, "normalised over channels")
-    t.unite(rows, rows[:, :1])
-    sources, clean = seen.sources, seen.clean
-    if weight is not None:
-        sources, clean = t.in_slots(weight, 0), t.is_clean(weight, 0)
-    sources, clean = _biased(t, bias, ids, sources, clean)
-    t.set(out[0], [_channels(t, ids, x.ndim, clean, sources)])
-
-
-@rule("native_layer_norm", "_fused_rms_norm")
-def layer_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
-    """Channels that it normalises over are protected; others pass, each by itself."""
-    x, shape, weight, bias = (*args, None, None)[:4]
-    bias = bias if isinstance(bias, Tensor) else None
-    first = x.ndim - len(shape)
-    found = t.labels(x)
-    t.record(found, [first])
-    t.expose(found)
-    result = []
-    for m in found:
-        if all(a < first for a in m.axes):
-            result.append(m._replace(clean=m.clean and bias is None, sources=frozenset()))
-            continue
-        t.pin(m.ids, "normalised over channels")
-        result.append(m._replace(clean=False, sources=frozenset()))
-        for tensor in (weight, bias):
-            if tensor is not None and m.axes == {x.ndim - 1} and tensor.ndim == 1:
-                t.meet(tensor, 0, m.ids.reshape(-1))
-    t.set(_first(out), result)
-
-
-@rule("max", "min")
-def extremum(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
-    """Of two tensors, or of one along some axis."""
-    two = len(args) > 1 and isinstance(args[1], Tensor)
-    RULES["maximum" if two else "amax"](t, op, args, kwargs, out, inplace)
-
-
-@rule("_weight_norm_interface")
-def weight_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
-    """Each filter is scaled to a length of its own: what it reads counts into that length."""
-    direction, length, axis = (*args, 0)[:3]
-    found = t.labels(direction)
-    t.record([*found, *t.labels(length)])
-    why = f"counts into the length of a filter: {FOLD}"
-    t.pin([m for m in found if m.axes != {axis}], why)
-    ids = t.read(direction, axis)[0]
-    t.meet(length, axis, ids)
-    sources = t.in_slots(length, axis)
-    along = [-1 if a == axis else 1 for a in range(direction.ndim)]
-    passing = [m._replace(clean=False) for m in found if m.axes != {axis}]
-    t.set(out[0], [*passing, Labels(ids.view(along), frozenset({axis}), True, sources)])
