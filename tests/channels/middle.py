@@ -1,5 +1,7 @@
 """An operation between two layers, and what is asked of it."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -37,12 +39,17 @@ def exact(model: nn.Module, x: Tensor, graph: ms.ChannelGraph, seeds: int = 3) -
             assert _distance(masked(x), slim(x)) <= TOLERANCE
 
 
-def free_and_exact(operation, **own) -> None:
-    """All eight channels that enter the operation may go."""
+def traced(build: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor, ms.ChannelGraph]:
+    """What it builds, in double precision, with statistics; an input; the graph."""
     torch.manual_seed(0)
     x = torch.randn(2, 3, 6, 6, dtype=torch.double)
-    model = calibrated(Middle(operation, **own), x)
-    graph = ms.trace(model, x)
+    model = calibrated(build(), x)
+    return model, x, ms.trace(model, x)
+
+
+def free_and_exact(operation, **own) -> None:
+    """All eight channels that enter the operation may go."""
+    model, x, graph = traced(lambda: Middle(operation, **own))
     assert [g.size for g in graph.prunable] == [8], graph
     exact(model, x, graph)
 

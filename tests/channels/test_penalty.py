@@ -1,40 +1,14 @@
 import copy
-import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 import masksparsity as ms
 
 from .networks import random_mask
-
-LR, STRENGTH = 0.05, 5e-3
-OPTIMIZERS: dict[str, Callable] = {
-    "sgd": lambda p: torch.optim.SGD(p, LR, momentum=0.9),
-    "sgd-fused": lambda p: torch.optim.SGD(p, LR, momentum=0.9, fused=True),
-    "sgd-foreach": lambda p: torch.optim.SGD(p, LR, momentum=0.9, foreach=True),
-    "adam": lambda p: torch.optim.Adam(p, LR),
-    "adam-fused": lambda p: torch.optim.Adam(p, LR, fused=True),
-}
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 6, 3), nn.ReLU(),  # a producer without a norm
-        nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
-    )  # fmt: skip
-
-
-INPUTS, LABELS = (
-    torch.randn(16, 3, 9, 9, generator=torch.Generator().manual_seed(1)),
-    torch.arange(16) % 4,
-)
+from .penalised import INPUTS, LABELS, LR, OPTIMIZERS, PENALTIES, STRENGTH, network, step
 
 
 @pytest.fixture
@@ -42,18 +16,6 @@ def bound():
     model = network()
     graph = ms.trace(model, INPUTS)
     return model, graph, random_mask(graph, 1)
-
-
-def step(model, optimizer, scaler=None, scale=1.0) -> None:
-    optimizer.zero_grad()
-    loss = scale * nn.functional.cross_entropy(model(INPUTS), LABELS)
-    if scaler is None:
-        loss.backward()
-        optimizer.step()
-    else:
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
 
 
 def masked_scales(model, keep) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -235,13 +197,6 @@ def test_momentum_of_what_is_zero_is_cleared(bound):
         assert (opt.state[gamma]["momentum_buffer"][~masked] != 0).all()
 
 
-PENALTIES = {
-    "masked": lambda m, g, k: ms.MaskedL1(m, g, k, STRENGTH),
-    "proximal": lambda m, g, k: ms.Proximal(m, g, k, STRENGTH),
-    "decay": lambda m, g, k: ms.ScheduledDecay(m, g, k, steps=50),
-}
-
-
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", PENALTIES)
 def test_loss_scaling_changes_nothing(bound, kind, fused):
@@ -273,104 +228,6 @@ def test_gradient_accumulation_adds_the_penalty_once(bound):
     masked = (~keep.by_norm()["1"]).float()
     expected = before - LR * (grad + STRENGTH * before.sign() * masked)
     torch.testing.assert_close(model[1].weight.detach(), expected)
-
-
-@pytest.mark.parametrize("kind", PENALTIES)
-def test_resumed_is_uninterrupted(bound, kind):
-    model, graph, keep = bound
-    opt = OPTIMIZERS["sgd"](model.parameters())
-    penalty = PENALTIES[kind](model, graph, keep)
-    penalty.attach(opt)
-    for _ in range(3):
-        step(model, opt)
-    twin = copy.deepcopy(model)
-    again = OPTIMIZERS["sgd"](twin.parameters())
-    again.load_state_dict(copy.deepcopy(opt.state_dict()))
-    resumed = PENALTIES[kind](twin, graph, keep)
-    resumed.load_state_dict(copy.deepcopy(penalty.state_dict()))
-    resumed.attach(again)
-    for _ in range(3):
-        step(model, opt)
-        step(twin, again)
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("kind", ["proximal", "decay"])
-def test_the_state_of_another_penalty_is_refused(bound, kind):
-    model, graph, keep = bound
-    penalty = PENALTIES[kind](model, graph, keep)
-    other = PENALTIES[kind](model, graph, ~keep)
-    slim = ms.prune(model, graph, keep)
-    narrow = ms.trace(slim, INPUTS)
-    before = copy.deepcopy(penalty.state_dict())
-    narrower = PENALTIES[kind](slim, narrow, random_mask(narrow, 1))
-    for state in (other.state_dict(), narrower.state_dict(), {}):
-        with pytest.raises(ms.MaskSparsityError, match="another model or mask"):
-            penalty.load_state_dict(state)
-    for key, value in penalty.state_dict().items():
-        assert torch.equal(value, before[key])
-
-
-@pytest.mark.parametrize("kind", PENALTIES)
-def test_a_model_converted_since_is_refused(bound, kind):
-    model, graph, keep = bound
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
-    penalty = PENALTIES[kind](model, graph, keep)
-    penalty.attach(optimizer)
-    model.double()
-    with pytest.raises(ms.MaskSparsityError, match=r"1\.\w+ or .* no longer torch.float32"):
-        penalty.apply()
-    model.float()
-    step(model, optimizer)
-
-
-@pytest.mark.parametrize("kind", PENALTIES)
-def test_a_penalty_made_in_inference_mode_works(bound, kind):
-    model, graph, keep = bound
-    with torch.inference_mode():
-        penalty = PENALTIES[kind](model, graph, keep)
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
-    penalty.attach(optimizer)
-    step(model, optimizer)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_decay_does_not_depend_on_the_default_dtype(bound, dtype):
-    model, graph, keep = bound
-    usual = ms.ScheduledDecay(model, graph, keep, steps=1000).state_dict()
-    try:
-        torch.set_default_dtype(dtype)
-        state = ms.ScheduledDecay(model, graph, keep, steps=1000).state_dict()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for key, value in usual.items():
-        assert value.dtype == state[key].dtype
-        assert torch.equal(value, state[key])
-
-
-def test_decay_drives_the_buffers_of_frozen_norms():
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), FrozenBatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-    )  # fmt: skip
-    model[1].bias.normal_()
-    model[1].running_mean.normal_()
-    graph = ms.trace(model, INPUTS)
-    keep = random_mask(graph, 1)
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
-    ms.ScheduledDecay(model, graph, keep, steps=3).attach(optimizer)
-    free = model[1].bias.clone()
-    for _ in range(3):
-        step(model, optimizer)
-    kept = keep["0"]
-    assert (model[1].bias[~kept] == 0).all()
-    assert torch.equal(model[1].bias[kept], free[kept])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        slim = ms.prune(model, graph, keep, optimizer=optimizer)
-    torch.testing.assert_close(slim(INPUTS), model(INPUTS), rtol=1e-4, atol=1e-5)
 
 
 def test_detach_ends_it(bound):
