@@ -80,6 +80,22 @@ class Offset(nn.Module):
         return torch.relu(x) + self.offset
 
 
+class Recurrent(nn.Module):
+    """Its state begins as zeros."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.inner = inner
+        self.gates = nn.Conv2d(width + inner, 2 * inner, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(len(x), self.inner, *x.shape[2:])
+        for _ in range(2):
+            gate, new = self.gates(torch.cat([x, state], 1)).chunk(2, 1)
+            state = state + torch.sigmoid(gate) * torch.tanh(new)
+        return state
+
+
 class Flatten(nn.Module):
     def __init__(self, literal: int | None):
         super().__init__()
@@ -102,7 +118,7 @@ def networks(draw: st.DrawFn) -> nn.Sequential:
     literal = draw(st.integers(0, 9)) == 0
     for _ in range(draw(st.integers(1, 5))):
         act = draw(st.sampled_from(ACTIVATIONS))
-        kind = draw(st.integers(0, 11))
+        kind = draw(st.integers(0, 12))
         if kind == 0:
             layers += [act, Residual(width, draw(st.integers(2, 9)), act)]
         elif kind == 1:  # depthwise separable
@@ -134,6 +150,10 @@ def networks(draw: st.DrawFn) -> nn.Sequential:
             groups = draw(st.sampled_from((1, 2, width)))
             layers += [nn.ConvTranspose2d(width, width, 3, padding=1, groups=groups)]
             layers += [nn.PReLU(width)]
+        elif kind == 11:
+            inner = 2 * draw(st.integers(2, 6))
+            layers += [Recurrent(width, inner)]
+            width = inner
         else:
             layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), act]
     layers += [nn.AdaptiveAvgPool2d(2), Flatten(4 * width if literal else None)]

@@ -100,7 +100,7 @@ def _trace(
     for names in tie:
         _tie(tracer, names)
     graph = partial(solve, tracer, (args, kwargs), batch_size(args, kwargs))
-    if theirs or any(cut.pieces for cut in tracer.cuts):
+    if theirs or tracer.zeros or any(cut.pieces for cut in tracer.cuts):
         return protect_what_is_refused(tracer, model, graph)
     return graph()
 

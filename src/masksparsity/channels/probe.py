@@ -31,6 +31,7 @@ def protect_what_is_refused(
     """The graph that `solve` makes of what `tracer` saw, with more of it protected."""
     graph = solve()
     refusals: Counter[str] = Counter()
+    zeros = [*tracer.zeros]
     passed = 0
     for trial in range(_MOST):
         try:
@@ -40,6 +41,12 @@ def protect_what_is_refused(
                 break
         except Refusal as refusal:
             passed = 0
+            why = f"code that does not follow other widths: {refusal.why}"[:160]
+            reason = Reason(why, refusal.operation or "forward", refusal.module)
+            if zeros:  # whose width may be written down
+                tracer.pins += [(ids, reason) for ids in zeros]
+                graph, zeros = solve(), []
+                continue
             alike = _alike(model, refusal.module)
             level = refusals[alike[0]] // _PATIENCE
             refusals[alike[0]] += 1
@@ -48,8 +55,6 @@ def protect_what_is_refused(
                 parts = _suspects(tracer, graph, refusal, alike, level)
                 if parts is None:
                     return graph
-                why = f"code that does not follow other widths: {refusal.why}"[:160]
-                reason = Reason(why, refusal.operation or "forward", refusal.module)
                 tracer.pins += [(part, reason) for part in parts]
                 graph = solve() if parts else graph
                 level += 1
@@ -66,7 +71,8 @@ def _some(graph: ChannelGraph, seed: int) -> KeepMask:
     """About a third of every group goes: in every other mask of each another share, and in the rest
     of all groups and all pieces the same, as what has to keep equal counts would come back."""
     generator = torch.Generator().manual_seed(seed)
-    shares = (0.2 + 0.3 * torch.rand(len(graph.groups), generator=generator)).tolist()
+    # Multiples of the golden ratio: those of neighbours differ.
+    shares = (0.2 + 0.3 * (0.618034 * (torch.arange(len(graph.groups)) + seed) % 1)).tolist()
     values = torch.rand(graph.units, generator=generator)
     rows = [torch.arange(g.start, g.start + g.size)[None] for g in graph.groups]
     if seed % 2:

@@ -23,6 +23,9 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
     """The graph of what `tracer` saw of its model on inputs of `batch` examples."""
     component, met = _components(tracer.count, tracer.edges)
     tracer.pins.append((met, Reason("meets a tensor whose channels are unknown", "", "")))
+    made = component[_cat([tracer.slots[s] for s in tracer.producers & tracer.slots.keys()])]
+    for ids in tracer.zeros:  # that nothing takes the place of
+        tracer.pins.append((ids[~torch.isin(component[ids], made)], Reason("always zero", "", "")))
     pieces = limits.equal_pieces(tracer.cuts, tracer.modules)
     limits.protect_pieces(tracer, pieces, component)
     axes = _Axes(tracer, component)

@@ -33,6 +33,7 @@ class Findings:
         self.consumers: set[Slot] = set()  # axes that a product sums over
         self.swallowed: list[Tensor] = []  # summed over by what has no weights
         self.cuts: list[Cut] = []
+        self.zeros: list[Tensor] = []  # ids of channels of zeros that forward made
         self.left: list[tuple[Tensor, Reason]] = []  # values that left PyTorch during the proof
         self.touched: set[str] = set()  # names of the tensors that took part
         self.foreign = False  # parameters that are not the model's took part, too
@@ -61,10 +62,18 @@ class Findings:
             reason = Reason(why, self.operation, self.module)
             self.pins += [(ids, reason) for ids in found]
 
-    def cut(self, whole: Tensor, pieces: Iterable[Tensor], numbers: Iterable[int] = ()) -> None:
-        """Channels fall into pieces, whose lengths the code takes from somewhere."""
+    def cut(
+        self,
+        whole: Tensor,
+        pieces: Iterable[Tensor],
+        numbers: Iterable[int] = (),
+        module: str | None = None,
+    ) -> None:
+        """Channels fall into pieces, whose lengths the code takes from somewhere: `module` has it,
+        or the one that runs now."""
         if not self.given:
-            self.cuts.append(Cut(self.operation, self.module, whole, (*pieces,), (*numbers,)))
+            module = self.module if module is None else module
+            self.cuts.append(Cut(self.operation, module, whole, (*pieces,), (*numbers,)))
 
     def expose(self, labels: Iterable[Labels]) -> None:
         """Something other than a norm reads these: they are zero only if their producers are."""

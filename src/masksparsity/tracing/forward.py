@@ -222,7 +222,7 @@ def _run_training(
 ) -> bool | None:
     """Is it worth another one? None if it failed."""
     t = tracer
-    kept = (t.edges, t.pins, t.records, t.products, t.swallowed, t.cuts)
+    kept = (t.edges, t.pins, t.records, t.products, t.swallowed, t.cuts, t.zeros)
     lengths = [len(part) for part in kept]
     try:
         random = run(tracer, model, args, kwargs, training=True, seed=seed)

@@ -22,6 +22,7 @@ from .origins import ORIGIN, WRITTEN, Origins
 
 _DECIDING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
 _LABELS = "_masksparsity_labels"
+_NO_IDS = torch.zeros(0, dtype=torch.int64)
 FOLD = "fold it first, with remove_parametrizations, remove_weight_norm or remove_spectral_norm"
 WRITTEN_TO = "a parameter or buffer is written in forward"
 
@@ -168,6 +169,8 @@ class Tracer(Findings):
         """
         axis %= tensor.ndim
         found = self.labels(tensor)
+        if not found and (zeros := self.zeros_of(tensor, axis)):
+            found = (zeros,)
         if len(found) == 1 and len(found[0].axes) == 1 and axis in found[0].axes:
             return self.flat(found[0].ids, axis), found[0]  # nearly always
         along = [m for m in found if axis in m.axes]
@@ -182,6 +185,24 @@ class Tracer(Findings):
         flat = m.ids.movedim(axis, 0).reshape(tensor.shape[axis], -1)
         self.unite(flat, flat[:, :1])
         return flat[:, 0], m
+
+    def zeros_of(self, tensor: Tensor, axis: int) -> Labels | None:
+        """Labels for zeros that forward made, such as a first hidden state: channels of their own,
+        until they meet those that take their place later. None for any other tensor."""
+        size, slot = tensor.shape[axis], (f"zeros {len(self.zeros)}", 0)
+        if (self.given and slot not in self.slots) or not self.memory.is_zero(tensor, _NO_IDS):
+            return None
+        if size == 1 and not self.given:  # it broadcasts
+            return None
+        ids = self.slot(*slot, size)
+        self.zeros.append(ids)
+        if len(ids) != size:  # in the proof: a width that did not follow
+            return None
+        self.memory.is_zero(tensor, ids)
+        path = self.module.split(".")
+        for k in range(len(path) + 1):  # any of these modules may have the width in an attribute
+            self.cut(ids[None], (), module=".".join(path[:k]))
+        return Labels(self.along(ids, axis, tensor.ndim), frozenset({axis}))
 
     def consume(
         self, tensor: Tensor, axis: int, elsewhere: str | None = None
