@@ -248,6 +248,19 @@ def test_protect_and_unknown_names():
         ms.trace(Net(torch.relu), X, protect=("layer9",))
 
 
+def test_a_name_alone_is_no_tuple_of_letters():
+    assert not ms.trace(Net(torch.relu), X, protect="a").groups[0].prunable
+    for tie in (("a", "b"), "ab"):
+        with pytest.raises(ms.MaskSparsityError, match="tuples of names"):
+            ms.trace(Net(torch.relu), X, tie=tie)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 2), (8, 8), (4, 12)])
+def test_macs_of_transposed_convolutions_in_groups(inputs, outputs):
+    net = nn.Sequential(nn.ConvTranspose2d(inputs, outputs, 3, groups=2))
+    assert ms.trace(net, torch.randn(1, inputs, 4, 4)).cost().macs == 16 * inputs * outputs // 2 * 9
+
+
 def test_inputs_as_tuple_and_dict():
     graph = ms.trace(Net(torch.relu), X)
     for inputs in ((X,), {"x": X}):

@@ -60,6 +60,9 @@ def trace(
     in training, are not seen: choose an example that takes them, or `protect`.
     """
     args, kwargs = arguments(example_inputs)
+    protect = (protect,) if isinstance(protect, str) else tuple(protect)
+    if any(isinstance(names, str) for names in (tie, *tie)):
+        raise MaskSparsityError('tie: tuples of names of layers, such as (("a", "b"),)')
     model = unwrap(model)
     for name, tensor in named_tensors(model):
         if is_lazy(tensor):

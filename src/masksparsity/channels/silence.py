@@ -112,7 +112,7 @@ def _convolution(layer: Any, x: Tensor) -> Tensor:
                 strict=True,
             )
         ]  # fmt: skip
-    said = _said(layer, x).view(-1, *[1] * dims)
+    said = _said(layer, x)[(..., *[None] * dims)]
     return said.expand(*x.shape[: -dims - 1], -1, *sizes).clone()
 
 

@@ -23,7 +23,7 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
     t.record((seen,) if seen else (), (how, *out.shape[2:], *(() if seen else x.shape[1:2])))
     inputs = ids  # of one group
     if groups > 1:
-        inputs = ids.view(groups, -1)[0] if shape[1] > 1 else torch.zeros(1, dtype=torch.int64)
+        inputs = ids.view(groups, -1)[0] if groups < len(ids) else torch.zeros(1, dtype=torch.int64)
         t.cut(t.along(ids, 1, 2), ())
     name = t.names.get(id(weight))
     if transposed and groups == shape[0] > shape[1] == 1 and name and not t.given:
