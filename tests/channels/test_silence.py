@@ -186,3 +186,31 @@ def test_a_forward_of_its_own_is_not_silenced():
     }
     with pytest.raises(ms.MaskSparsityError):
         ms.prune(model, graph, ms.KeepMask(graph, none))
+
+
+class Divided(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.back = (
+            nn.Conv2d(3, 8, 1),
+            nn.Conv2d(8, 6, 1),
+            nn.Conv2d(6, 8, 1),
+        )
+        self.leave = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        inner = self.inner(x)
+        return self.leave(x + self.back(inner / inner.norm(dim=1, keepdim=True)))
+
+
+def test_what_is_divided_by_its_own_norm_does_not_go_altogether():
+    model, x = Divided().double(), torch.randn(2, 3, 4, 4, dtype=torch.double)
+    graph = ms.trace(model, x)
+    keep = ms.KeepMask(graph, {"inner": torch.zeros(6, dtype=torch.bool)})
+    with pytest.raises(ms.MaskSparsityError, match="all 6 channels of inner"):
+        ms.prune(model, graph, keep)
+    keep = keep.repaired()
+    torch.testing.assert_close(
+        ms.prune(model, graph, keep)(x), ms.apply_mask(model, graph, keep)(x)
+    )

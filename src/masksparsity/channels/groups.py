@@ -146,7 +146,8 @@ class ChannelGraph:
             self.counter,
             [group.prunable for group in self.groups],
             [self.modules.get(tensor.rpartition(".")[0]) for tensor, _ in self.slots],
-            [constraint.pieces for constraint in self.constraints],
+            # A norm of nothing is zero, and something may be divided by it.
+            [*(constraint.pieces for constraint in self.constraints), self.swallowed],
             [layer.module in reading for layer in self.layers],
         )
 
