@@ -117,7 +117,7 @@ def _compare(
         "Choose equal counts in the pieces that meet there, or protect the channels with "
         "trace(..., protect=...)"
     )
-    alone = "a channel that is left alone cannot be told from none: keep two there, as min_keep=2 does"
+    alone = "a channel that is left alone cannot be told from none: keep two there (min_keep=2)"
     expected: dict[int, Tensor] = {}
     agreed: set[tuple[int, int]] = set()
     records, replayed = graph.records, tracer.records
