@@ -1,12 +1,11 @@
 """What the documentation shows runs, and prints what it says."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from .process import run_python
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
@@ -17,16 +16,7 @@ def test_blocks_run_and_print_what_follows_them(page: str, tmp_path: Path) -> No
     blocks = BLOCK.findall((DOCS / page).read_text())
     code = "".join(text for kind, text in blocks if kind == "python")
     printed = "".join(text for kind, text in blocks if kind == "text")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout == printed
+    assert run_python("-W", "error", "-c", code, cwd=tmp_path) == printed
 
 
 @pytest.mark.parametrize("page", [*DOCS.glob("*.md"), DOCS.parent / "README.md"])

@@ -1,12 +1,11 @@
 """Every example runs to its end, where its library is installed, and is short."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from .process import run_python
 
 EXAMPLES = sorted(Path(__file__).parents[1].glob("examples/*.py"))
 NEEDS = {
@@ -28,12 +27,4 @@ def test_example(example: Path, tmp_path: Path) -> None:
     lines = example.read_text().splitlines()
     assert len(lines) < 40
     assert any("torch.testing.assert_close(" in line for line in lines)
-    done = subprocess.run(
-        [sys.executable, str(example)],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_python(str(example), cwd=tmp_path)

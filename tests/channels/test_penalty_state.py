@@ -21,12 +21,17 @@ def bound():
     return model, graph, random_mask(graph, 1)
 
 
+def attached(kind, model, graph, keep):
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    penalty = PENALTIES[kind](model, graph, keep)
+    penalty.attach(optimizer)
+    return optimizer, penalty
+
+
 @pytest.mark.parametrize("kind", PENALTIES)
 def test_resumed_is_uninterrupted(bound, kind):
     model, graph, keep = bound
-    opt = OPTIMIZERS["sgd"](model.parameters())
-    penalty = PENALTIES[kind](model, graph, keep)
-    penalty.attach(opt)
+    opt, penalty = attached(kind, *bound)
     for _ in range(3):
         step(model, opt)
     twin = copy.deepcopy(model)
@@ -60,10 +65,8 @@ def test_the_state_of_another_penalty_is_refused(bound, kind):
 
 @pytest.mark.parametrize("kind", PENALTIES)
 def test_a_model_converted_since_is_refused(bound, kind):
-    model, graph, keep = bound
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
-    penalty = PENALTIES[kind](model, graph, keep)
-    penalty.attach(optimizer)
+    model, *_ = bound
+    optimizer, penalty = attached(kind, *bound)
     model.double()
     with pytest.raises(ms.MaskSparsityError, match=r"1\.\w+ or .* no longer torch.float32"):
         penalty.apply()

@@ -33,7 +33,7 @@ def trace(
     model: nn.Module,
     example_inputs: Any,
     *,
-    protect: tuple[str, ...] = (),
+    protect: str | tuple[str, ...] = (),
     tie: tuple[tuple[str, ...], ...] = (),
     rules: Mapping[str, Rule] | None = None,
 ) -> ChannelGraph:
@@ -42,7 +42,8 @@ def trace(
     Args:
         example_inputs: a tensor, a tuple or list of inputs, or a dict of keyword inputs, on the
             model's device; costs are per example of its first axis.
-        protect: names of modules or parameters whose channels stay, or prefixes of names.
+        protect: names of modules or parameters whose channels stay, or prefixes of names; one alone
+            may be a string.
         tie: names of layers, tuple by tuple, whose channels go together, index by index.
         rules: rows to add to the table of operations: ATen name without suffix -> function, as in
             `masksparsity.tracing.rules`.

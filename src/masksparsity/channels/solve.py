@@ -23,9 +23,7 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
     """The graph of what `tracer` saw of its model on inputs of `batch` examples."""
     component, met = _components(tracer.count, tracer.edges)
     tracer.pins.append((met, Reason("meets a tensor whose channels are unknown", "", "")))
-    made = component[_cat([tracer.slots[s] for s in tracer.producers & tracer.slots.keys()])]
-    for ids in tracer.zeros:  # that nothing takes the place of
-        tracer.pins.append((ids[~torch.isin(component[ids], made)], Reason("always zero", "", "")))
+    _protect_zeros(tracer, component)
     pieces = limits.equal_pieces(tracer.cuts, tracer.modules)
     limits.protect_pieces(tracer, pieces, component)
     axes = _Axes(tracer, component)
@@ -223,6 +221,15 @@ def _components(count: int, edges: list[tuple[Tensor, Tensor]]) -> tuple[Tensor,
         label.scatter_reduce_(0, torch.maximum(x, y), torch.minimum(x, y), "amin")
         while not torch.equal(label, shorter := label.gather(0, label)):
             label = shorter
+
+
+def _protect_zeros(tracer: Tracer, component: Tensor) -> None:
+    """Zeros that forward made, and that nothing takes the place of later, stay."""
+    if tracer.zeros:
+        made = component[_cat([tracer.slots[s] for s in tracer.producers & tracer.slots.keys()])]
+        ids = _cat(tracer.zeros)
+        alone = ids[~torch.isin(component[ids], made)]
+        tracer.pins.append((alone, Reason("always zero", "", "")))
 
 
 def _verdict(tracer: Tracer, component: Tensor, consumed: Tensor) -> tuple[list[Reason], Tensor]:

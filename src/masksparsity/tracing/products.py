@@ -190,10 +190,12 @@ def attention(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: boo
 
 
 def first_of(out: Any) -> Tensor:
+    """The result proper of an operation that may return statistics beside it."""
     return out[0] if isinstance(out, tuple) else out
 
 
 def channels_of(t: Tracer, ids: Tensor, ndim: int, clean: bool, sources: frozenset) -> Labels:
+    """Labels along axis 1, where images have their channels."""
     return Labels(t.along(ids, 1, ndim), _SECOND, clean, sources)
 
 

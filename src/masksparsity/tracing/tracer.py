@@ -198,7 +198,7 @@ class Tracer(Findings):
         self.zeros.append(ids)
         if len(ids) != size:  # in the proof: a width that did not follow
             return None
-        self.memory.is_zero(tensor, ids)
+        self.memory.is_zero(tensor, ids)  # again: now it is known which channels count on it
         path = self.module.split(".")
         for k in range(len(path) + 1):  # any of these modules may have the width in an attribute
             self.cut(ids[None], (), module=".".join(path[:k]))
