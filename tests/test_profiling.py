@@ -24,6 +24,13 @@ def test_counts_are_those_of_the_graph_and_the_model_is_left_as_it_was():
     assert int(model[1].num_batches_tracked) == 0
 
 
+def test_memory_is_the_models_own_whatever_ran_before():
+    wide = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(inplace=True), nn.Conv2d(64, 4, 1))
+    held = [3 * 64 + 64 + 64 * 4 + 4, X.numel(), 2 * 64 * 64, 2 * 4 * 64]
+    assert ms.profile(wide, X, runs=2).memory_mib == 4 * sum(held) / 2**20
+    assert ms.profile(network(), X, runs=2).memory_mib < 0.1
+
+
 def test_one_run_has_no_spread():
     with pytest.raises(ms.MaskSparsityError, match="runs=1: at least 2"):
         ms.profile(network(), X, runs=1)

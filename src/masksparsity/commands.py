@@ -134,7 +134,7 @@ def profile(config: Flags, *, weights: Path | None = None) -> None:
     show(
         f"{found.macs:,} MACs, {found.params:,} parameters, "
         f"{found.latency_ms:.2f} ms per image (quartiles {low:.2f} and {high:.2f}), "
-        f"{found.memory_mb:.0f} MiB at most; {device_name(work.device)}"
+        f"{found.memory_mib:.1f} MiB held at most; {device_name(work.device)}"
     )
 
 

@@ -1,21 +1,23 @@
 """What a model costs, counted and measured."""
 
-import resource
 import statistics
-import sys
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .channels.analysis import trace
 from .channels.groups import ChannelGraph
 from .channels.mask import KeepMask
 from .channels.surgery import remove
 from .errors import MaskSparsityError
-from .tracing.network import arguments, evaluating, like
+from .tracing.network import arguments, evaluating, like, unwrap
 
 
 class Profile(NamedTuple):
@@ -28,8 +30,9 @@ class Profile(NamedTuple):
     """median of one forward on the given inputs"""
     latency_spread_ms: tuple[float, float]
     """first and third quartile"""
-    memory_mb: float
-    """peak: allocated on the device (CUDA), or resident of the whole process (CPU)"""
+    memory_mib: float
+    """most that is held at once in one forward: parameters, buffers, inputs and activations, not
+    what kernels take for themselves"""
     layers: tuple[tuple[str, int], ...]
     """(module, MACs per example) in order of execution"""
 
@@ -48,9 +51,6 @@ def profile(model: nn.Module, example_inputs: Any, runs: int = 20) -> Profile:
     graph = trace(model, example_inputs)
     cost, kept = graph.cost(), graph.counter.sizes
     args, kwargs = arguments(example_inputs)
-    on_cuda = any(t.is_cuda for t in model.parameters())
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
     times = _times(model, args, kwargs, runs)
     low, _, high = statistics.quantiles(times, n=4)
     macs = graph.counter.macs_per_layer(kept).tolist()
@@ -59,7 +59,7 @@ def profile(model: nn.Module, example_inputs: Any, runs: int = 20) -> Profile:
         cost.params,
         statistics.median(times),
         (low, high),
-        _peak_memory_mb(on_cuda),
+        _memory_mib(model, args, kwargs),
         tuple((layer.module, round(m)) for layer, m in zip(graph.layers, macs, strict=True)),
     )
 
@@ -91,8 +91,41 @@ def latency(model: nn.Module, graph: ChannelGraph, runs: int = 20) -> Callable[[
     return measure
 
 
-def _peak_memory_mb(on_cuda: bool) -> float:
-    if on_cuda:
-        return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+def _memory_mib(model: nn.Module, args: tuple, kwargs: dict) -> float:
+    """Counted, so that of two models each is shown its own, whatever the process holds."""
+    model, held = unwrap(model), _Held()
+    held.add(tree_leaves((*model.parameters(), *model.buffers(), args, kwargs)))
+    with evaluating(model.modules()), torch.no_grad(), held:
+        model(*args, **kwargs)
+    return held.most / 2**20
+
+
+class _Held(TorchDispatchMode):
+    """Bytes of all storages that are alive, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.seen: dict[int, weakref.ref] = {}
+
+    def add(self, values: Iterable[Any]) -> None:
+        for tensor in values:
+            if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+                continue
+            storage = tensor.untyped_storage()
+            known = self.seen.get(storage._cdata)
+            if known is None or known() is None:
+                size = storage.nbytes()
+                self.seen[storage._cdata] = weakref.ref(storage, partial(self.free, size))
+                self.now += size
+        self.most = max(self.most, self.now)
+
+    def free(self, size: int, _: weakref.ref) -> None:
+        self.now -= size
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.add(tree_leaves(out))
+        return out

@@ -25,6 +25,8 @@ def test_unnamed_groups_are_kept_whole(graph):
     assert keep.kept.sum() == graph.units - 12
     assert keep.pruned_fraction == pytest.approx(12 / sum(g.size for g in graph.prunable))
     assert ms.KeepMask(graph, keep) == keep  # a mapping, of all groups
+    for plain in ([k < 4 for k in range(16)], (torch.arange(16) < 4).numpy()):
+        assert ms.KeepMask(graph, {"layer1.0.conv1": plain}) == keep
     assert list(keep) == [g.name for g in graph.groups]
     assert "layer1.0.conv1" in keep
     assert "layer1" not in keep
@@ -113,6 +115,8 @@ def test_mistakes_are_named(graph, resnet50):
         ms.KeepMask(graph, {"nowhere": torch.ones(3, dtype=torch.bool)})
     with pytest.raises(ms.MaskSparsityError, match="expected 16 bools"):
         ms.KeepMask(graph, {"conv1": torch.ones(8, dtype=torch.bool)})
+    with pytest.raises(ms.MaskSparsityError, match=r"expected bools, got torch\.float32"):
+        ms.KeepMask(graph, {"conv1": torch.ones(16)})
     with pytest.raises(ms.MaskSparsityError, match="protected"):
         ms.KeepMask(graph, {"linear": torch.zeros(10, dtype=torch.bool)})
     with pytest.raises(ms.MaskSparsityError, match="no BatchNorm"):

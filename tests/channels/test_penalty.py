@@ -250,6 +250,11 @@ def test_mistakes_are_named(bound):
     for wrong in ({"steps": 0}, {"steps": 9, "span": 0.0}, {"steps": 9, "span": 1.5}):
         with pytest.raises(ms.MaskSparsityError, match="steps"):
             ms.ScheduledDecay(model, graph, keep, **wrong)
+    with pytest.raises(ms.MaskSparsityError, match="needs a mask"):
+        ms.ScheduledDecay(model, graph, None, steps=9)
+    for form in (ms.MaskedL1, ms.Proximal):
+        with pytest.raises(ms.MaskSparsityError, match=r"strength=-1: at least 0"):
+            form(model, graph, keep, strength=-1)
     model[1].weight.requires_grad_(False)
     with pytest.raises(ms.MaskSparsityError, match=r"1.weight is frozen"):
         ms.MaskedL1(model, graph)

@@ -73,6 +73,16 @@ def test_a_fresh_lbfgs_trains_the_slim_model(small):
     assert not torch.equal(slim[3].weight, before)
 
 
+def test_a_penalty_on_the_dense_model_ends_with_it(small):
+    model, graph, keep = small
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ms.ScheduledDecay(model, graph, keep, steps=9).attach(optimizer)
+    slim = ms.prune(model, graph, keep, optimizer=optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    train(slim, optimizer)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def test_a_wrapped_optimizer_that_shares_its_groups_goes_on(small):
     model, graph, keep = small
     base = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)

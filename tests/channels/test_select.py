@@ -208,10 +208,25 @@ def test_mistakes_are_named(bound):
         ms.select.budget(graph, scores, pruned_macs=1.5)
     with pytest.raises(ms.MaskSparsityError, match="one budget"):
         ms.select.budget(graph, scores)
+    with pytest.raises(ms.MaskSparsityError, match="no pruned_mac: did you mean pruned_macs"):
+        ms.select.budget(graph, scores, pruned_mac=0.5)
+    with pytest.raises(ms.MaskSparsityError, match=r"no pruned_macs; select\.budget does"):
+        ms.select.uniform(graph, scores, 0.5, pruned_macs=0.5)
+    with pytest.raises(ms.MaskSparsityError, match="threshold=nan"):
+        ms.select.threshold(graph, scores, float("nan"))
+    with pytest.raises(ms.MaskSparsityError, match="no channel group has a score"):
+        ms.select.uniform(graph, {}, 0.5)
     with pytest.raises(ms.MaskSparsityError, match="per_cost"):
         ms.select.budget(graph, scores, pruned_latency=0.1, latency=lambda mask: 1.0, per_cost=True)
     with pytest.raises(ms.MaskSparsityError, match="finite"):
         ms.select.fraction(graph, {**scores, "conv1": torch.full((16,), torch.nan)}, 0.5)
+
+
+def test_without_scales_there_is_no_score_by_scale():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 1))
+    graph = ms.trace(model, torch.randn(1, 3, 8, 8))
+    with pytest.raises(ms.MaskSparsityError, match=r"no BatchNorm scale; use scores\.norm"):
+        ms.scores.scale(model, graph)
 
 
 def test_a_latency_budget_is_met_by_what_was_measured(bound):

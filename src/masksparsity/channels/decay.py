@@ -41,6 +41,8 @@ class ScheduledDecay(Penalty):
             raise MaskSparsityError(f"steps={steps}: at least 1")
         if not 0 < span <= 1:
             raise MaskSparsityError(f"span={span}: a share of the steps, above 0 and up to 1")
+        if keep is None:  # which the other forms take
+            raise MaskSparsityError("ScheduledDecay needs a mask of what goes to zero: keep=None")
         graph.check(model, keep)
         own = dict(named_tensors(unwrap(model)))
         slots = {slot: ~keep.slot(*slot) for slot in graph.exposed if _speaks(own[slot[0]])}
@@ -125,7 +127,8 @@ def _speaks(tensor: Tensor) -> bool:
 def _turns(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> Tensor:
     """float [units + 1]: when each masked unit begins to go, 0 first and 1 last; 1 for all else."""
     turns = torch.ones(graph.units + 1, dtype=torch.float32)
-    for name, score in (scores.norm(model, graph) | scores.scale(model, graph)).items():
+    by_scale = scores.scale(model, graph) if graph.norms else {}
+    for name, score in (scores.norm(model, graph) | by_scale).items():
         gone = (~keep[name]).nonzero().squeeze(1)
         order = torch.argsort(score[gone], stable=True)
         in_turn = torch.linspace(0, 1, len(gone), dtype=turns.dtype)

@@ -16,7 +16,8 @@ class KeepMask(Mapping[str, Tensor]):
 
     Args:
         graph: what the mask is bound to.
-        keep: group name -> bool [size]. Groups that are not named are kept whole.
+        keep: group name -> bool [size], as a tensor, an array or a list. Groups that are not named
+            are kept whole.
 
     Raises:
         MaskSparsityError: for a name or a size that is not in the graph, and for a mask that
@@ -40,10 +41,13 @@ class KeepMask(Mapping[str, Tensor]):
                     f"mask names {name!r}, which is no channel group of this model; "
                     "is it a mask of another model? print(graph) lists the groups"
                 )
-            if values.dtype != torch.bool or tuple(values.shape) != (group.size,):
+            values = torch.as_tensor(values)
+            if values.dtype != torch.bool:
+                raise MaskSparsityError(f"mask of {name}: expected bools, got {values.dtype}")
+            if tuple(values.shape) != (group.size,):
                 raise MaskSparsityError(
-                    f"mask of {name}: expected {group.size} bools, got {tuple(values.shape)} "
-                    f"{values.dtype}; is it a mask of another model?"
+                    f"mask of {name}: expected {group.size} bools, got {tuple(values.shape)}; is "
+                    "it a mask of another model?"
                 )
             if not group.prunable and not values.all():
                 raise MaskSparsityError(f"mask of {name}: protected, {group.reason}")

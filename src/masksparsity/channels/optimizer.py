@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..errors import MaskSparsityError
+from .penalty import release
 from .rebuild import cut
 
 
@@ -19,7 +20,7 @@ def carry_over(
     kept_of: Mapping[str, list[tuple[int, Tensor]]],
 ) -> None:
     """Let an optimizer, and those that it wraps, go on with the `new` parameters: their state is
-    sliced as they are.
+    sliced as they are, and penalties on the old ones are detached.
 
     Args:
         kept_of: name -> axes, and the indices that stay along each.
@@ -31,7 +32,8 @@ def carry_over(
     lists = [group["params"] for group in optimizer.param_groups]
     if any(id(p) not in names for params in lists for p in params):
         raise MaskSparsityError("the optimizer holds parameters of another model")
-    states = {id(o.state): o.state for o in _with_inner(optimizer, names)}
+    optimizers = _with_inner(optimizer, names)
+    states = {id(o.state): o.state for o in optimizers}
     changed = []
     for state in states.values():
         entries = {}
@@ -46,6 +48,8 @@ def carry_over(
     for state, entries in changed:
         state.clear()
         state.update(entries)
+    for each in optimizers:
+        release(each)
 
 
 def _with_inner(

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,8 @@ class Penalty(ABC):
         self._handles: list[Any] = []
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Act at every step of `optimizer` until `detach`. Schedulers, AMP, accumulation and DDP
+        """Act at every step of `optimizer` until `detach`, or until `prune` gives it to the slim
+        model. Schedulers, AMP, accumulation and DDP
         need nothing more."""
         self.detach()
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
@@ -122,6 +124,7 @@ class Penalty(ABC):
             v.runs = [(sum(t.numel() for t in run), group) for group, run in runs]
         self._optimizer = optimizer
         self._handles = [self._register(optimizer)]
+        _attached.add(self)
 
     def detach(self) -> None:
         """Act no more."""
@@ -171,6 +174,15 @@ class Penalty(ABC):
         return getattr(self._optimizer, "found_inf", None)
 
 
+_attached: WeakSet[Penalty] = WeakSet()
+
+
+def release(optimizer: Optimizer) -> None:
+    """Detach what is attached to an optimizer: it holds another model now."""
+    for penalty in [p for p in _attached if p._optimizer is optimizer]:
+        penalty.detach()
+
+
 def _scale_slots(
     model: nn.Module, graph: ChannelGraph, keep: KeepMask | None, shifts: bool
 ) -> dict[tuple[str, int], Tensor]:
@@ -192,6 +204,11 @@ def _scale_slots(
                     else ~keep.slot(name, 0)
                 )
     return slots
+
+
+def _not_negative(strength: float) -> None:
+    if not strength >= 0:
+        raise MaskSparsityError(f"strength={strength}: at least 0")
 
 
 class MaskedL1(Penalty):
@@ -219,6 +236,7 @@ class MaskedL1(Penalty):
     ):
         if kind not in KINDS:
             raise MaskSparsityError(f"kind={kind!r}: use one of {', '.join(KINDS)}")
+        _not_negative(strength)
         super().__init__(model, _scale_slots(model, graph, keep, shifts=False))
         self.kind, self.strength = kind, strength
         self.weights = [strength * v.masked for v in self.vectors]
@@ -288,6 +306,7 @@ class Proximal(Penalty):
         keep: KeepMask | None = None,
         strength: float = 5e-4,
     ):
+        _not_negative(strength)
         super().__init__(model, _scale_slots(model, graph, keep, shifts=True))
         self.strength = strength
         # In units of the threshold: 0 free, 1 driven to zero, and out of reach once it got there.

@@ -20,7 +20,13 @@ _REDUCE = {"max": "amax", "mean": "mean", "sum": "sum", "min": "amin"}
 
 
 def scale(model: nn.Module, graph: ChannelGraph, reduce: str = "max") -> Scores:
-    """|gamma| of the BatchNorm scales (network slimming, arXiv 1708.06519)."""
+    """|gamma| of the BatchNorm scales (network slimming, arXiv 1708.06519).
+
+    Raises:
+        MaskSparsityError: there are none.
+    """
+    if not graph.norms:
+        raise MaskSparsityError("scores.scale: this model has no BatchNorm scale; use scores.norm")
     tensors = _tensors(model, graph)
     parts = {(n.weight, 0): tensors[n.weight].detach().abs() for n in graph.norms}
     return _collect(graph, parts, reduce)

@@ -1,6 +1,7 @@
 """Scores -> KeepMask.
 
-All selectors take `Limits`, which take part in the choice. Where a group would lose more than it
+All selectors take `Limits` as keywords, which take part in the choice: `min_keep`, `round_to`,
+`ignore`, `max_pruned`. Where a group would lose more than it
 may, its units with the highest scores stay; of equal scores the first stay.
 """
 
@@ -48,11 +49,10 @@ class _Ranking:
         max_pruned: float | Mapping[str, float] = 1.0,
         **unknown: object,
     ):
-        if unknown:
-            name = next(iter(unknown))
-            close = get_close_matches(name, [*Limits.__annotations__, "pruned_macs"], 1)
-            hint = f": did you mean {close[0]}?" if close else ""
-            raise MaskSparsityError(f"a selector takes no {name}{hint}")
+        for name in unknown:
+            raise MaskSparsityError(f"a selector takes no {name}{_hint(name)}")
+        if graph.prunable and not scores:
+            raise MaskSparsityError("no channel group has a score; scores.norm scores all filters")
         ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
         if min_keep < 0 or round_to < 1:
             raise MaskSparsityError("min_keep is at least 0, round_to at least 1")
@@ -121,6 +121,8 @@ def threshold(
     **limits: Unpack[Limits],
 ) -> KeepMask:
     """Units whose score is under `threshold` go (the original's rule and value)."""
+    if math.isnan(threshold):
+        raise MaskSparsityError("threshold=nan: expected a number")
     ranking = _Ranking(graph, scores, **limits)
     kept = ranking.keep({n: int((s >= threshold).sum()) for n, s in ranking.scores.items()})
     return _from(kept, "threshold", threshold=threshold, **limits)
@@ -208,7 +210,7 @@ def budget(
         "params": (pruned_params, lambda mask: graph.cost(mask).params),
         "latency": (pruned_latency, latency),
     }
-    what, share, measure = _asked(costs)
+    what, share, measure = _asked(costs, limits)
     if per_cost and what == "latency":
         raise MaskSparsityError("per_cost: of MACs or parameters; latency moves in jumps")
     if rounds < 1:
@@ -233,12 +235,15 @@ def budget(
 _Costs = dict[str, tuple[float | None, Callable[[KeepMask], float] | None]]
 
 
-def _asked(costs: _Costs) -> tuple[str, float, Callable[[KeepMask], float]]:
+def _asked(
+    costs: _Costs, limits: Mapping[str, object]
+) -> tuple[str, float, Callable[[KeepMask], float]]:
     """The one cost of which a share is given."""
     asked = {what: (share, cost) for what, (share, cost) in costs.items() if share is not None}
     if len(asked) != 1:
+        unknown = "".join(f"; no {n}{_hint(n)}" for n in limits if n not in Limits.__annotations__)
         raise MaskSparsityError(
-            "give one budget: pruned_macs, pruned_params, or pruned_latency with latency"
+            "give one budget: pruned_macs, pruned_params, or pruned_latency with latency" + unknown
         )
     ((what, (share, cost)),) = asked.items()
     if cost is None or share is None:
@@ -312,6 +317,17 @@ def _words(limits: Limits) -> str:
 def _from(mask: KeepMask, selector: str, **settings: object) -> KeepMask:
     mask.origin = {"selector": selector, **settings}
     return mask
+
+
+def _hint(name: str) -> str:
+    """What the one who wrote `name` may have meant."""
+    if name in _BUDGETS:
+        return "; select.budget does"
+    close = get_close_matches(name, [*Limits.__annotations__, *_BUDGETS], 1)
+    return f": did you mean {close[0]}?" if close else ""
+
+
+_BUDGETS = ("pruned_macs", "pruned_params", "pruned_latency")
 
 
 def _share(name: str, value: float) -> None:
