@@ -71,6 +71,35 @@ def test_an_attribute_of_the_same_number_that_is_no_width_stays():
     exact(model, x, graph)
 
 
+class NonLocal(nn.Module):
+    """One attribute is the width of two groups (arXiv 1711.07971)."""
+
+    def __init__(self):
+        super().__init__()
+        self.inter = 8
+        self.theta, self.phi, self.g = (nn.Conv2d(16, self.inter, 1) for _ in range(3))
+        self.out = nn.Conv2d(self.inter, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        theta, phi, g = (f(x).view(len(x), self.inter, -1) for f in (self.theta, self.phi, self.g))
+        y = g @ (theta.transpose(1, 2) @ phi).softmax(-1)
+        return x + self.out(y.view(len(x), self.inter, *x.shape[2:]))
+
+
+def test_groups_whose_width_is_one_attribute_keep_equal_counts():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), NonLocal(), nn.Conv2d(16, 4, 1)).double()
+    graph = ms.trace(model, x := torch.randn(2, 3, 4, 4, dtype=torch.double))
+    assert [g.size for g in graph.prunable] == [16, 8, 8], graph
+    keep = ms.KeepMask(graph, {"0": torch.arange(16) < 9, "1.g": torch.arange(8) < 3})
+    with pytest.raises(ms.MaskSparsityError, match=r"a width written down in 1 .*\[8, 3\]"):
+        ms.prune(model, graph, keep)
+    keep = ms.select.uniform(graph, ms.scores.norm(model, graph), 0.6)
+    slim = ms.prune(model, graph, keep)
+    assert slim[1].inter == 3
+    assert torch.allclose(slim(x), ms.apply_mask(model, graph, keep)(x))
+
+
 class Attending(nn.Module):
     """`nn.MultiheadAttention` divides what comes in by its heads; queries are not the values."""
 

@@ -141,6 +141,28 @@ def test_what_the_network_cannot_do_without_is_refused(case):
     ms.prune(model, graph, nothing.repaired())
 
 
+class SimpleGate(nn.Module):
+    """Half of the channels, times the other half (NAFNet, arXiv 2204.04676)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.project = nn.Conv2d(8, 16, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.expand(x).chunk(2, 1)
+        return x + self.project(a * b)
+
+
+def test_what_code_takes_apart_keeps_a_channel_to_take():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), SimpleGate(), nn.Conv2d(8, 2, 1)).double()
+    graph = ms.trace(model, x := torch.randn(2, 3, 4, 4, dtype=torch.double))
+    scores = {n: s * (n != "1.expand") for n, s in ms.scores.norm(model, graph).items()}
+    keep = ms.select.threshold(graph, scores, 1e-9, min_keep=0)
+    assert keep["1.expand"].sum() == 1
+    assert torch.allclose(ms.prune(model, graph, keep)(x), ms.apply_mask(model, graph, keep)(x))
+
+
 def test_limits_hold_for_what_nobody_hears_any_more():
     """With its reader silent a layer may go as well, unless it is to stay."""
     torch.manual_seed(0)

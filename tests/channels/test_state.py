@@ -52,6 +52,7 @@ WRITES = {
     "in place": lambda w: w.div_(2),
     "a part": lambda w: w[0].zero_(),
     "the data": lambda w: w.data.mul_(2),
+    "the data of itself": lambda w: setattr(w, "data", w.data.mul_(2)),
     "other data": lambda w: setattr(w, "data", w * 2),
     "detached": lambda w: w.detach().fill_(1),
     "out=": lambda w: torch.add(w, 1, out=w),

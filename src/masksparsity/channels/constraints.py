@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from ..errors import MaskSparsityError
 from ..tracing.labels import Cut, Reason
+from ..tracing.reshape import VIEWS
 from ..tracing.tracer import Tracer
 
 _MANY = 4096  # pieces: so many are no pieces of channels
+_WIDTH = "a width written down"
+_PERHAPS = ("slice", _WIDTH)  # or read off the axis: the proof sees
 
 
 class Equal(NamedTuple):
@@ -73,11 +76,11 @@ def repair(constraints: Iterable[Equal], keep: Tensor, score: Tensor | None = No
     return keep
 
 
-def check(constraints: Iterable[Equal], keep: Tensor) -> None:
-    """Refuse a mask that breaks a constraint, naming the module."""
+def check(constraints: Iterable[Equal], keep: Tensor, refused: bool = False) -> None:
+    """Refuse a mask that breaks a constraint, naming the module; one that may be none only if the
+    proof has `refused` what came of it."""
     for constraint in constraints:
-        # A slice may be written down as well as read off the axis: the proof sees.
-        if constraint.operation != "slice" and not constraint.satisfied(keep):
+        if (refused or constraint.operation not in _PERHAPS) and not constraint.satisfied(keep):
             raise MaskSparsityError(
                 f"refused: {constraint.operation} in {constraint.module or 'the model itself'} "
                 f"takes pieces that have to keep equal counts of channels, and this mask leaves "
@@ -88,7 +91,8 @@ def check(constraints: Iterable[Equal], keep: Tensor) -> None:
 
 def equal_pieces(cuts: list[Cut], modules: Mapping[str, nn.Module]) -> list[tuple[Cut, Tensor]]:
     """Ids [pieces, length] of the pieces that must keep equal counts: those of one length that one
-    call takes; and what several calls take by a number that is written down in their module."""
+    call takes; and what several calls take by a number that is written down in their module, or
+    view by one that stands there as an attribute."""
     found: dict[Any, tuple[Cut, list[Tensor]]] = {}
     for k, cut in enumerate(cuts):
         place: Any = k
@@ -98,7 +102,11 @@ def equal_pieces(cuts: list[Cut], modules: Mapping[str, nn.Module]) -> list[tupl
             place = cut.module
         elif cut.operation == "slice" and not _second_half(cut, cuts):
             continue
-        for piece in cut.pieces:
+        pieces = cut.pieces
+        if not pieces and cut.operation in VIEWS and _has(modules.get(cut.module), cut.whole):
+            place, pieces = (cut.module, _WIDTH), (cut.whole,)
+            cut = cut._replace(operation=_WIDTH)
+        for piece in pieces:
             if piece.numel():
                 found.setdefault((place, piece.shape[1]), (cut, []))[1].append(piece)
     stacked = [(cut, torch.cat(pieces)) for cut, pieces in found.values()]
@@ -122,6 +130,13 @@ def _lists(module: Any, sizes: tuple[int, ...]) -> bool:
     return any(all(type(n) is int for n in v) and tuple(v) == sizes for v in lists)
 
 
+def _has(module: nn.Module | None, whole: Tensor) -> bool:
+    """Does an attribute of the user's module say how many channels there are?"""
+    if module is None or type(module).__module__.startswith("torch.nn."):
+        return False
+    return any(type(n) is int and n == whole.shape[1] for n in vars(module).values())
+
+
 def protect_pieces(tracer: Tracer, cuts: list[tuple[Cut, Tensor]], root: Tensor) -> None:
     """Pieces that have to be as long as one that is protected are protected, too."""
     if not cuts:
@@ -134,7 +149,7 @@ def protect_pieces(tracer: Tracer, cuts: list[tuple[Cut, Tensor]], root: Tensor)
         again = False
         for cut, pieces in cuts:
             whole = pinned[root[pieces]].all(1)
-            if cut.operation != "slice" and whole.any() and not whole.all():
+            if cut.operation not in _PERHAPS and whole.any() and not whole.all():
                 why = "has to be as long as a piece that is protected"
                 tracer.pins.append((pieces, Reason(why, cut.operation, cut.module)))
                 pinned[root[pieces]] = again = True
@@ -146,8 +161,8 @@ def constraints(
     """`prunable`: bool per unit, with one more at the end, False, for what is of no unit."""
     found: dict[Any, Equal] = {}
     for cut, pieces in cuts:
-        units = units_of(pieces).view(pieces.shape)
-        if prunable[units].any() and not bool((units == units[:1]).all()):
+        units = units_of(pieces).view(pieces.shape).unique(dim=0)
+        if prunable[units].any() and len(units) > 1:
             key = (units.shape, units.numpy().tobytes())
             found.setdefault(key, Equal(cut.operation, cut.module, units))
     return tuple(found.values())

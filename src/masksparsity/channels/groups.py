@@ -146,8 +146,8 @@ class ChannelGraph:
             self.counter,
             [group.prunable for group in self.groups],
             [self.modules.get(tensor.rpartition(".")[0]) for tensor, _ in self.slots],
-            # A norm of nothing is zero, and something may be divided by it.
-            [*(constraint.pieces for constraint in self.constraints), self.swallowed],
+            # A norm of nothing is zero, and something may be divided by it; nor has it pieces.
+            [*(cut.whole.reshape(-1) for cut in self.cuts if cut.pieces), self.swallowed],
             [layer.module in reading for layer in self.layers],
         )
 

@@ -159,6 +159,7 @@ def _settle(
     except Refusal:
         changed = limits.follow(slim, graph.cuts, keep.units)
         if not changed:
+            limits.check(graph.constraints, keep.units, refused=True)
             raise
         prove(as_proved(slim), graph, keep)
         _leave_the_needless(model, slim, changed, lambda: prove(as_proved(slim), graph, keep))

@@ -103,6 +103,5 @@ def _unflatten(t: Tracer, x: Tensor, m: Labels, new: tuple[int, ...]) -> None:
             t.cut(whole, [whole.reshape(-1, new[long[-1]])], tuple(new[a] for a in long))
 
 
-RULES: dict[str, Rule] = dict.fromkeys(
-    ["view", "_unsafe_view", "reshape", "_reshape_alias", "flatten"], reshape
-)
+VIEWS = ("view", "_unsafe_view", "reshape", "_reshape_alias")
+RULES: dict[str, Rule] = dict.fromkeys((*VIEWS, "flatten"), reshape)

@@ -82,6 +82,8 @@ def assignments(tracer: Tracer) -> Iterator[None]:
 
     def assign(x: Tensor, other: Tensor) -> None:
         """Its labels are those of what it held."""
+        if _is_same_memory(x, other):  # `x.data *= mask`: the multiplication has been seen
+            return
         found = [*tracer.labels(x), *tracer.labels(other)]
         tracer.operation = ".data ="
         tracer.expose(found)
@@ -95,6 +97,15 @@ def assignments(tracer: Tracer) -> Iterator[None]:
         patches.callback(delattr, Tensor, "data")
         Tensor.data = property(data.__get__, assign)  # type: ignore[assignment]
         yield
+
+
+def _is_same_memory(a: Tensor, b: Tensor) -> bool:
+    with torch._C.DisableTorchFunction():  # to ask is no way out
+        where = [(_data_ptr(x), x.shape, x.stride(), x.dtype) for x in (a, b)]
+    return a.numel() > 0 and where[0] == where[1]
+
+
+_data_ptr = torch._C.TensorBase.data_ptr
 
 
 @contextlib.contextmanager
