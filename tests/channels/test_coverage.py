@@ -166,6 +166,17 @@ def exact(model: nn.Module, graph: ms.ChannelGraph, keep: ms.KeepMask) -> bool:
     return True
 
 
+def test_fused_attention_costs_what_its_products_cost():
+    costs = []
+    for fused in (False, True):
+        model = Net(Attention(16, 2, literal=True, fused=fused)).double()
+        graph = ms.trace(model, X)
+        keep = random_mask(graph, 0).repaired()
+        costs.append(graph.cost())
+        assert graph.cost(keep) == ms.trace(ms.prune(model, graph, keep), X).cost()
+    assert costs[0] == costs[1]
+
+
 @pytest.mark.parametrize("name", EXACT)
 def test_blocks_prune_exactly(name, tmp_path):
     build, into = EXACT[name]

@@ -186,7 +186,18 @@ def attention(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: boo
         t.swallow(queries[0] if queries[0].clean else keys[0])
         if scale is None:
             t.pin(queries, "attention divides by the width")
+    _count_attention(t, args[:3], queries, values)
     t.set(first_of(out), [m._replace(sources=frozenset()) for m in values])
+
+
+def _count_attention(t: Tracer, qkv: Any, queries: list[Labels], values: list[Labels]) -> None:
+    q, k, v = qkv
+    tokens, rows = torch.zeros(k.shape[2], dtype=torch.int64), q.numel() / q.shape[3]
+    for x, found in ((q, queries), (v, values)):
+        ids = found[0].ids.reshape(-1) if found else torch.zeros(x.shape[3], dtype=torch.int64)
+        factor = rows * x.shape[3] / len(ids)  # ids of all heads may be told apart
+        ends = (tokens, ids) if x is q else (ids, tokens)
+        t.products.append(Product(t.module, factor, *ends))
 
 
 def first_of(out: Any) -> Tensor:
