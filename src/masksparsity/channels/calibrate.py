@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MaskSparsityError
-from ..tracing.network import arguments
+from ..tracing.network import arguments, in_mode
 
 
 @torch.no_grad()
@@ -25,23 +25,22 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
         for m in model.modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
     ]
-    modes = [(m, m.training) for m in model.modules()]
     momenta = [norm.momentum for norm in norms]
     before = [(b, b.clone()) for norm in norms for b in norm.buffers(recurse=False)]
     count = 0
     try:
-        model.eval()
-        for batch in batches:
-            if not count:  # not before there is something to measure
-                for norm in norms:
-                    norm.reset_running_stats()
-                    norm.momentum = None  # cumulative average
-                    norm.training = True
-            inputs = batch if isinstance(batch, (Tensor, Mapping)) else batch[0]
-            # A list is one input: the images of a detector.
-            args, kwargs = arguments((inputs,) if isinstance(inputs, list) else inputs)
-            model(*args, **kwargs)
-            count += 1
+        with in_mode(model.modules()):
+            for batch in batches:
+                if not count:  # not before there is something to measure
+                    for norm in norms:
+                        norm.reset_running_stats()
+                        norm.momentum = None  # cumulative average
+                        norm.training = True
+                inputs = batch if isinstance(batch, (Tensor, Mapping)) else batch[0]
+                # A list is one input: the images of a detector.
+                args, kwargs = arguments((inputs,) if isinstance(inputs, list) else inputs)
+                model(*args, **kwargs)
+                count += 1
     except BaseException:
         for buffer, value in before:
             buffer.copy_(value)
@@ -49,8 +48,6 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-        for module, training in modes:
-            module.training = training
     if not count:
         raise MaskSparsityError("recalibrate: no batches to measure on; nothing has changed")
     return count

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MaskSparsityError
-from ..tracing.network import unwrap
+from ..tracing.network import in_mode, unwrap
 from .groups import ChannelGraph
 
 Scores = dict[str, Tensor]
@@ -68,10 +68,7 @@ def taylor(
         )
     measured = False
     total = {name: torch.zeros_like(scale) for name, scale in scales.items()}
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        for m, _ in modes:
-            m.training = False
+    with in_mode(model.modules()):
         for images, labels in batches:
             measured = True
             with torch.enable_grad():
@@ -80,9 +77,6 @@ def taylor(
             for (name, gamma), gradient in zip(scales.items(), gradients, strict=True):
                 if gradient is not None:
                     total[name] += (gamma.detach() * gradient) ** 2
-    finally:
-        for m, training in modes:
-            m.training = training
     if not measured:
         raise MaskSparsityError("scores.taylor: no batches to measure on")
     return _collect(graph, {(name, 0): value for name, value in total.items()}, reduce)

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as encode
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -21,7 +19,7 @@ from masksparsity.errors import MaskSparsityError
 from masksparsity.models.registry import Constructor, constructor
 from masksparsity.tracing.network import named_tensors, unwrap
 
-from . import atomic
+from . import atomic, tensors
 
 _FORMAT = "masksparsity archive 1"
 _HEADER: dict[str, Callable[[Any], bool]] = {
@@ -52,8 +50,10 @@ def save(model: nn.Module, path: str | Path) -> None:
         "attributes": getattr(model, WRITTEN_DOWN, {}),
         "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
     }
-    tensors = {n: _stored(n, t) for n, t in named_tensors(model)}
-    atomic.write(Path(path), encode(tensors, {"masksparsity": json.dumps(atomic.plain(about))}))
+    own = dict(named_tensors(model))
+    for name, tensor in own.items():
+        _check_storable(name, tensor)
+    tensors.write(Path(path), own, {"masksparsity": json.dumps(atomic.plain(about))})
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -68,13 +68,13 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             registry, or tensors that do not fit the dense model; says which.
     """
     path = Path(path)
-    tensors, about = _read(path)
+    stored, about = _read(path)
     try:
         model = _dense(about) if model is None else unwrap(model)
         own = dict(named_tensors(model))
-        _check(own, tensors)
+        _check(own, stored)
         # Copies even where no axis changed: the slim model shares no memory with `model`.
-        slim = rebuild(model, tensors)
+        slim = rebuild(model, stored)
         _write_down(slim, about["attributes"])
         _freeze(slim, about["frozen"])
         if _groups(slim) != about["groups"]:
@@ -84,7 +84,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     return slim.eval()
 
 
-def _stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def _check_storable(name: str, tensor: torch.Tensor) -> None:
     kinds = {
         "sparse": tensor.layout != torch.strided,
         "quantized": tensor.is_quantized,
@@ -96,8 +96,6 @@ def _stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
         raise MaskSparsityError(
             f"{name} is {kind}, which an archive cannot hold: convert or fill it first"
         )
-    # A copy of its own: safetensors refuses tensors that share storage, as views do.
-    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _freeze(slim: nn.Module, frozen: list[str] | None) -> None:
@@ -132,15 +130,11 @@ def _dense(about: dict[str, Any]) -> nn.Module:
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    stored, words = tensors.read(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("masksparsity", "{}"))
-            # Cloned: where memory begins decides the last bits of some products.
-            tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise MaskSparsityError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise MaskSparsityError(f"{path} is damaged or no safetensors file: {error}") from error
+        about = json.loads(words.get("masksparsity", "{}"))
+    except ValueError as error:
+        raise MaskSparsityError(f"{path} is damaged: {error}") from error
     if not isinstance(about, dict) or about.get("format") != _FORMAT:
         raise MaskSparsityError(
             f"{path} is no archive of a slim model (masksparsity.save writes them)"
@@ -148,14 +142,14 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     about = {"attributes": {}, "frozen": None, **about}
     if any(key not in about or not is_valid(about[key]) for key, is_valid in _HEADER.items()):
         raise MaskSparsityError(f"{path} is damaged: masksparsity.save writes another header")
-    return tensors, about
+    return stored, about
 
 
-def _check(own: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
-    if own.keys() != tensors.keys():
-        odd = sorted(own.keys() ^ tensors.keys())
+def _check(own: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]) -> None:
+    if own.keys() != stored.keys():
+        odd = sorted(own.keys() ^ stored.keys())
         raise MaskSparsityError(f"another architecture: {odd[0]} is in one of the two only")
-    for name, tensor in tensors.items():
+    for name, tensor in stored.items():
         dense = own[name].shape
         if len(dense) != tensor.ndim or any(
             n > d for n, d in zip(tensor.shape, dense, strict=True)

@@ -10,57 +10,53 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from masksparsity.errors import MaskSparsityError
-from masksparsity.files import atomic
+from masksparsity.files import tensors
 
 _KEY = "masksparsity.checkpoint"
 
 
 def write(path: Path, tree: Any) -> None:
     """Write `tree` to `path`, whole or not at all."""
-    tensors: dict[str, Tensor] = {}
-    plain = _split(tree, "", tensors)
-    atomic.write(path, safetensors.torch.save(tensors, {_KEY: json.dumps(plain)}))
+    found: dict[str, Tensor] = {}
+    plain = _split(tree, "", found)
+    tensors.write(path, found, {_KEY: json.dumps(plain)})
 
 
 def read(path: Path) -> Any:
     """Read the tree that `write` put at `path`, its tensors on the CPU."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            plain = json.loads((file.metadata() or {})[_KEY])
-            return _join(plain, file)
-    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+        found, words = tensors.read(path)
+        return _join(json.loads(words[_KEY]), found)
+    except (MaskSparsityError, KeyError, ValueError) as error:
         raise MaskSparsityError(
             f"{path} is not a readable checkpoint ({error}). Remove it to start this stage anew."
         ) from error
 
 
-def _split(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _split(tree: Any, path: str, found: dict[str, Tensor]) -> Any:
     if isinstance(tree, Tensor):
-        # A copy of its own for each: safetensors refuses tensors that share storage.
-        tensors[path] = tree.detach().to("cpu", copy=True).contiguous()
+        found[path] = tree
         return {"tensor": path}
     if isinstance(tree, dict):
-        return {"dict": [[key, _split(tree[key], f"{path}/{key}", tensors)] for key in tree]}
+        return {"dict": [[key, _split(tree[key], f"{path}/{key}", found)] for key in tree]}
     if isinstance(tree, list | tuple):
-        return {"list": [_split(item, f"{path}/{i}", tensors) for i, item in enumerate(tree)]}
+        return {"list": [_split(item, f"{path}/{i}", found) for i, item in enumerate(tree)]}
     return tree
 
 
-def _join(plain: Any, file: Any) -> Any:
+def _join(plain: Any, found: Mapping[str, Tensor]) -> Any:
     if not isinstance(plain, dict):
         return plain
     (kind, content), *_ = plain.items()
     if kind == "tensor":
-        return file.get_tensor(content)
+        return found[content]
     if kind == "dict":
-        return {key: _join(value, file) for key, value in content}
-    return [_join(item, file) for item in content]
+        return {key: _join(value, found) for key, value in content}
+    return [_join(item, found) for item in content]
 
 
 def optimizer_state(

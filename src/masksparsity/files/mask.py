@@ -6,16 +6,13 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as decode
-from safetensors.torch import save as encode
 from torch import Tensor
 
 from masksparsity.channels.groups import ChannelGraph
 from masksparsity.channels.mask import KeepMask
 from masksparsity.errors import MaskSparsityError
 
-from . import atomic
+from . import atomic, tensors
 
 
 def save_mask(keep: KeepMask, path: str | Path, model: str | None = None) -> None:
@@ -26,8 +23,8 @@ def save_mask(keep: KeepMask, path: str | Path, model: str | None = None) -> Non
     """
     stem = _stem(path)
     dense, slim = keep.graph.cost(), keep.graph.cost(keep)
-    tensors = {f"group/{name}": values for name, values in keep.items()}
-    tensors |= {f"norm/{name}": values for name, values in keep.by_norm().items()}
+    bools = {f"group/{name}": values for name, values in keep.items()}
+    bools |= {f"norm/{name}": values for name, values in keep.by_norm().items()}
     about = {
         "format": "masksparsity mask 1, True = stays",
         "model": model,
@@ -39,7 +36,7 @@ def save_mask(keep: KeepMask, path: str | Path, model: str | None = None) -> Non
     }
     # The bools last: a mask exists once they do.
     atomic.write_json(stem.with_name(f"{stem.name}.json"), about)
-    atomic.write(stem.with_name(f"{stem.name}.safetensors"), encode(tensors))
+    tensors.write(stem.with_name(f"{stem.name}.safetensors"), bools)
 
 
 def load_mask(path: str | Path, graph: ChannelGraph) -> KeepMask:
@@ -50,8 +47,8 @@ def load_mask(path: str | Path, graph: ChannelGraph) -> KeepMask:
     """
     stem = _stem(path)
     file = stem.with_name(f"{stem.name}.safetensors")
-    tensors = read_tensors(file)
-    groups = {n.removeprefix("group/"): v for n, v in tensors.items() if n.startswith("group/")}
+    bools, _ = tensors.read(file)
+    groups = {n.removeprefix("group/"): v for n, v in bools.items() if n.startswith("group/")}
     if not groups:
         raise MaskSparsityError(f"{file} holds no mask")
     missing = [group.name for group in graph.prunable if group.name not in groups]
@@ -108,16 +105,6 @@ def _rename(name: str) -> str:
     stage, block, letter = found.groups()
     inner = f"bn{'abc'.index(letter) + 1}" if letter else "downsample.1"
     return f"layer{stage}.{int(block) - 1}.{inner}"
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; a missing or damaged one is named."""
-    try:
-        return decode(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise MaskSparsityError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise MaskSparsityError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
 def _stem(path: str | Path) -> Path:

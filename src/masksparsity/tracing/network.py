@@ -210,15 +210,22 @@ def evaluating(
     or NumPy's, or by PyTorch's if values of tensors came to it (on a GPU, some may always have been
     drawn).
     """
-    modes = [(module, module.training) for module in modules]
-    tensors = tensors_of(("", m) for m, _ in modes) if torch.cuda.is_initialized() else ()
+    modules = list(modules)
+    tensors = tensors_of(("", m) for m in modules) if torch.cuda.is_initialized() else ()
     devices = {t.device.index for _, t in tensors if t.is_cuda}
-    with _seeded(devices, seed) as drawn:
-        try:
-            _set_modes((module, training) for module, _ in modes)
-            yield drawn
-        finally:
-            _set_modes(modes)
+    with _seeded(devices, seed) as drawn, in_mode(modules, training):
+        yield drawn
+
+
+@contextlib.contextmanager
+def in_mode(modules: Iterable[nn.Module], training: bool = False) -> Iterator[None]:
+    """Eval (or train) mode; modes are restored afterwards."""
+    modes = [(module, module.training) for module in modules]
+    try:
+        _set_modes((module, training) for module, _ in modes)
+        yield
+    finally:
+        _set_modes(modes)
 
 
 @contextlib.contextmanager

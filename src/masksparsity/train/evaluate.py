@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from masksparsity.data import Loader
+from masksparsity.tracing.network import in_mode
 from masksparsity.train import dist
 
 
@@ -39,22 +40,16 @@ def evaluate(
     With `amp` under bfloat16 autocast, which is enough to watch a training. `tick` is called once
     per batch.
     """
-    modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
     totals = torch.zeros(3, dtype=torch.float64, device=device)
-    try:
-        model.eval()
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            for images, labels in loader.epoch(0):
-                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                    outputs = model(images)
-                outputs = outputs.float() if amp else outputs
-                totals[0] += (outputs.argmax(1) == labels).sum()
-                totals[1] += len(labels)
-                totals[2] += F.cross_entropy(outputs, labels, reduction="sum")
-                tick()
-    finally:
-        for module, training in modes:
-            module.training = training
+    with in_mode(model.modules()), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for images, labels in loader.epoch(0):
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                outputs = model(images)
+            outputs = outputs.float() if amp else outputs
+            totals[0] += (outputs.argmax(1) == labels).sum()
+            totals[1] += len(labels)
+            totals[2] += F.cross_entropy(outputs, labels, reduction="sum")
+            tick()
     correct, total, loss = dist.sum_(totals).tolist()
     return Evaluation(int(correct), int(total), loss / total)
