@@ -97,19 +97,15 @@ class Arms:
         return self.out / name / "mask/mask.json"
 
     def uniform_mask(self, name: str, like: Path) -> Path:
-        """Uniform fraction by filter L1 norm: the smallest that removes the MACs of `like`."""
+        """By filter L1 norm the same share of every layer, as near as the MACs of `like` can be
+        met: by what part of its layer is worse than a channel."""
         model = self.base.network(self.dense)
         graph = self.base.trace(model)
-        scores = ms.scores.norm(model, graph)
-        target = graph.cost(ms.KeepMask.load(like, graph)).macs
-        low, high = 0.0, 1.0
-        while high - low > 1e-3:
-            middle = (low + high) / 2
-            cost = graph.cost(ms.select.uniform(graph, scores, middle)).macs
-            low, high = (middle, high) if cost > target else (low, middle)
+        ranks = {n: s.argsort().argsort() / len(s) for n, s in ms.scores.norm(model, graph).items()}
+        share = 1 - graph.cost(ms.KeepMask.load(like, graph)).macs / graph.cost().macs
         path = self.out / name / "chosen.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        ms.select.uniform(graph, scores, high).save(path)
+        ms.select.budget(graph, ranks, pruned_macs=share).save(path)
         return path
 
     def masked(

@@ -166,9 +166,11 @@ def fraction(
     """The lowest scores of the whole network go until this fraction of its units is pruned."""
     _share("fraction", fraction)
     ranking = _Ranking(graph, scores, **limits)
-    masks, units = _nested(ranking)
+    counts, units = _nested(ranking)
     what = f"fraction={fraction}"
-    kept = _smallest(masks, units, lambda m: m.pruned_fraction, fraction, what, limits)
+    kept = ranking.keep(
+        _smallest(ranking, counts, units, lambda m: m.pruned_fraction, fraction, what, limits)
+    )
     return _from(kept, "fraction", fraction=fraction, **limits)
 
 
@@ -200,7 +202,8 @@ def budget(
     `lambda keep: scores.taylor(apply_mask(model, graph, keep), graph, batches)`.
 
     The nested masks along the global order of scores are searched by bisection for the first that
-    meets the budget, so the cost is within one channel (or one step of `round_to`) of it.
+    meets the budget, so the cost is within one channel (or one step of `round_to`) of it. Of what
+    went last as much comes back, group by group, as the budget has room for.
 
     Raises:
         MaskSparsityError: if the budget cannot be met, saying how far one can get.
@@ -223,9 +226,13 @@ def budget(
 
     for part in range(1, rounds + 1):
         ranking = _Ranking(graph, scores(kept) if callable(scores) else scores, kept, **limits)
-        masks, units = _nested(ranking, _prices(ranking, measure, kept) if per_cost else None)
+        prices = _prices(ranking, measure, kept) if per_cost else None
+        counts, units = _nested(ranking, prices)
         goal = share * part / rounds
-        kept = _smallest(masks, units, removed, goal, f"pruned_{what}={share}", limits)
+        count = _smallest(ranking, counts, units, removed, goal, f"pruned_{what}={share}", limits)
+        if part == rounds and what != "latency":  # which is measured, and moves in jumps
+            count = _refilled(ranking, count, prices, lambda mask: removed(mask) >= share)
+        kept = ranking.keep(count)
     chosen = {f"pruned_{what}": share, **limits}
     chosen |= {"per_cost": True} if per_cost else {}
     chosen |= {"rounds": rounds} if rounds > 1 else {}
@@ -265,14 +272,18 @@ def _prices(
     return prices
 
 
+_Count = dict[str, int]
+"""How many units of each group stay."""
+
+
 def _nested(
     ranking: _Ranking, prices: Mapping[str, float] | None = None
-) -> tuple[Callable[[int], KeepMask], int]:
-    """k -> the mask without the k units of lowest score, divided by their group's price if there
-    are some; and how many units there are."""
+) -> tuple[Callable[[int], _Count], int]:
+    """k -> what is left without the k units of lowest score, divided by their group's price if
+    there are some; and how many units there are."""
     names = list(ranking.scores)
     if not names:
-        return lambda k: ranking.keep({}), 0
+        return lambda k: {}, 0
     group_of = torch.cat([torch.full_like(s, k) for k, s in enumerate(ranking.scores.values())])
     # Of equal scores the last of a group go first, as in `keep`.
     values = torch.cat(
@@ -280,24 +291,25 @@ def _nested(
     )
     lowest_first = group_of[torch.argsort(values, stable=True)].long()
 
-    def masks(k: int) -> KeepMask:
+    def counts(k: int) -> _Count:
         gone = torch.bincount(lowest_first[:k], minlength=len(names)).tolist()
         sizes = [len(s) for s in ranking.scores.values()]
-        return ranking.keep({n: size - g for n, size, g in zip(names, sizes, gone, strict=True)})
+        return {n: size - g for n, size, g in zip(names, sizes, gone, strict=True)}
 
-    return masks, len(lowest_first)
+    return counts, len(lowest_first)
 
 
 def _smallest(
-    masks: Callable[[int], KeepMask],
+    ranking: _Ranking,
+    counts: Callable[[int], _Count],
     units: int,
     removed: Callable[[KeepMask], float],
     goal: float,
     what: str,
     limits: Limits,
-) -> KeepMask:
+) -> _Count:
     """The first of a nested sequence of masks that removes as much as `goal`."""
-    most = removed(masks(units))
+    most = removed(ranking.keep(counts(units)))
     if most < goal:
         raise MaskSparsityError(
             f"the budget cannot be met: {what}: at most {most:.4f} can go under {_words(limits)} "
@@ -306,8 +318,34 @@ def _smallest(
     low, high = -1, units
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if removed(masks(middle)) >= goal else (middle, high)
-    return masks(high)
+        enough = removed(ranking.keep(counts(middle))) >= goal
+        low, high = (low, middle) if enough else (middle, high)
+    return counts(high)
+
+
+def _refilled(
+    ranking: _Ranking,
+    count: _Count,
+    prices: Mapping[str, float] | None,
+    met: Callable[[KeepMask], bool],
+) -> _Count:
+    """With units back that there is room for, the best of each group first."""
+    ordered = {n: s.sort(descending=True).values for n, s in ranking.scores.items()}
+    kept = ranking.keep(count)
+    count = {name: max(n, int(kept[name].sum())) for name, n in count.items()}
+    waiting = {name for name, n in count.items() if n < len(ordered[name])}
+    while waiting:
+        name = max(
+            sorted(waiting),
+            key=lambda n: float(ordered[n][count[n]]) / (prices[n] if prices else 1),
+        )
+        more = {**count, name: count[name] + ranking.round_to}
+        if met(ranking.keep(more)):
+            count = more
+        else:
+            waiting.remove(name)
+        waiting = {n for n in waiting if count[n] < len(ordered[n])}
+    return count
 
 
 def _words(limits: Limits) -> str:
