@@ -114,7 +114,7 @@ def equal_pieces(cuts: list[Cut], modules: Mapping[str, nn.Module]) -> list[tupl
 
 
 def _second_half(cut: Cut, cuts: list[Cut]) -> bool:
-    """Is the other half taken, too?"""
+    """Whether the other half is taken, too."""
     length = cut.whole.shape[1]
     return cut.numbers == (length // 2, length) and any(
         other.module == cut.module
@@ -131,7 +131,7 @@ def _lists(module: Any, sizes: tuple[int, ...]) -> bool:
 
 
 def _has(module: nn.Module | None, whole: Tensor) -> bool:
-    """Does an attribute of the user's module say how many channels there are?"""
+    """Whether an attribute of the user's module says how many channels there are."""
     if module is None or type(module).__module__.startswith("torch.nn."):
         return False
     return any(type(n) is int and n == whole.shape[1] for n in vars(module).values())

@@ -118,7 +118,7 @@ class ScheduledDecay(Penalty):
 
 
 def _speaks(tensor: Tensor) -> bool:
-    """Is it more than a buffer of zeros, such as the padding of a shortcut, or of one value?"""
+    """Whether it is more than a buffer of zeros, as a shortcut's padding is, or of one value."""
     if not tensor.is_floating_point() or isinstance(tensor, nn.Parameter):
         return tensor.is_floating_point()
     return bool(tensor.any()) and extents(tensor) == [*tensor.shape]

@@ -65,7 +65,7 @@ class ChannelGroup:
 
     @property
     def prunable(self) -> bool:
-        """May its channels be removed? If not, `reason` says why."""
+        """Whether its channels may be removed. If not, `reason` says why."""
         return self.reason is None
 
     def __repr__(self) -> str:

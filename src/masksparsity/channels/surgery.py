@@ -86,7 +86,7 @@ _ZERO = 1e-6
 
 
 def is_silent(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> bool:
-    """Is all that makes the removed channels zero, so that removal changes nothing?"""
+    """Whether all that makes the removed channels is zero, so that removal changes nothing."""
     tensors = dict(named_tensors(unwrap(model)))
     found = []
     for name, axis in graph.exposed:

@@ -178,7 +178,7 @@ def _stays(tracer: Tracer, graph: ChannelGraph) -> None:
 
 
 def _others(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
-    """Do tensors come from elsewhere? Where that is not known, they need not."""
+    """Whether tensors come from elsewhere. Where that is not known, they need not."""
     if before == now:
         return False
     return len(before) != len(now) or any(
@@ -187,18 +187,18 @@ def _others(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:
 
 
 def _gone(record: Record, stays: Tensor) -> bool:
-    """Did an operation read a group of which nothing stays?"""
+    """Whether an operation read a group of which nothing stays."""
     return any(ids.numel() and not stays[ids].any() for ids in record.ids)
 
 
 def _lone(ids: Tensor, graph: ChannelGraph, stays: Tensor) -> bool:
-    """Does one channel of several stay?"""
+    """Whether one channel of several stays."""
     units = graph.unit_of[ids]
     return len(units[stays[ids]].unique()) == 1 < len(units.unique())
 
 
 def _aligned(kept: Tensor, shape: torch.Size) -> bool:
-    """Do the kept elements of an array of channels fill an array of this shape, row by row?"""
+    """Whether the kept elements of an array of channels fill one of this shape, row by row."""
     if len(shape) != kept.ndim:
         return False
     last = max(range(kept.ndim), key=lambda axis: (kept.shape[axis] > 1, axis))

@@ -29,7 +29,7 @@ class RunDir:
         return self.path / stage
 
     def complete(self, stage: str) -> bool:
-        """Has the stage finished?"""
+        """Whether the stage has finished."""
         return (self.folder(stage) / RESULT).exists()
 
     def result(self, stage: str) -> dict[str, Any]:

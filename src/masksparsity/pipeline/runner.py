@@ -71,8 +71,8 @@ def execute(work: Workspace, name: str, *, fresh: bool = False) -> dict[str, Any
 
 
 def _agrees(work: Workspace, name: str) -> bool:
-    """Were the other stages there asked for what the config says now? A stage that starts from
-    given files may stand among those of another run, whose config has to stay."""
+    """Whether the other stages there were asked for what the config says now. A stage that starts
+    from given files may stand among those of another run, whose config has to stay."""
     for stage in STAGES.values():
         saved = work.runs.asked(stage.name) if stage.name != name else None
         if saved and any(_unequal(saved, work.asked(stage) | {"inputs": saved["inputs"]})):

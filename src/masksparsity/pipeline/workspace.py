@@ -182,7 +182,7 @@ class Workspace:
 
 
 def _is_archive(path: str | Path) -> bool:
-    """Is this a file of `masksparsity.save`, rather than bare weights?"""
+    """Whether this is a file of `masksparsity.save`, rather than bare weights."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return "masksparsity" in (file.metadata() or {})

@@ -62,7 +62,7 @@ def _anew(cache: Any) -> Callable:
 
 
 def _holds_tensors(value: Any) -> bool:
-    """Is it one, or a container of some? Others may hold anything, such as a whole package."""
+    """Whether it is one, or a container of some. Others may hold anything: a whole package."""
     parts = value.values() if isinstance(value, dict) else value
     several = parts if isinstance(value, (dict, list, tuple)) else [value]
     return any(isinstance(x, Tensor) for x in several)

@@ -183,7 +183,7 @@ def run(
 
 
 def _remembers(tracer: Tracer) -> bool:
-    """Has forward kept channels, or tensors that were not there, which the next one may read?"""
+    """Whether forward has kept channels, or new tensors, which the next one may read."""
     before = {id(x) for x in tracer.memory.kept} | tracer.names.keys()
     kept = kept_by(tracer.modules.values())
     return any(
@@ -220,7 +220,7 @@ _DRAWS = 4
 def _run_training(
     tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, seed: int
 ) -> bool | None:
-    """Is it worth another one? None if it failed."""
+    """Whether another one is worth it; None if it failed."""
     t = tracer
     kept = (t.edges, t.pins, t.records, t.products, t.swallowed, t.cuts, t.zeros)
     lengths = [len(part) for part in kept]

@@ -16,7 +16,7 @@ class Canvas:
     """What has been written to a tensor that forward made from sizes alone."""
 
     zero: bool
-    """Is it zero where nothing was written?"""
+    """Whether it is zero where nothing was written."""
     views: list[weakref.ref] = field(default_factory=list)
     """Others that show its memory."""
     axes: frozenset[int] = frozenset()
@@ -54,7 +54,7 @@ class Memory:
             setattr(tensor, _BLANK, self.token if blank else None)
 
     def is_blank(self, tensor: Tensor) -> bool:
-        """Are all its channels alike, as those of a constant are?"""
+        """Whether all its channels are alike, as those of a constant are."""
         return getattr(tensor, _BLANK, None) is self.token
 
     def make(self, tensor: Tensor, zero: bool) -> None:
@@ -68,13 +68,13 @@ class Memory:
         self.canvases.pop(root(tensor), None)
 
     def is_untouched(self, tensor: Tensor) -> bool:
-        """Is it, or the tensor whose memory it shows, as forward made it from sizes alone?"""
+        """Whether it, or the one whose memory it shows, is as forward made it from sizes alone."""
         canvas = self.canvases.get(root(tensor)) if self.canvases else None
         return canvas is not None and canvas.ids is None
 
     def is_zero(self, value: Any, ids: Tensor | None = None, written: bool = False) -> bool:
-        """Is it zero, as forward made it, or was it, if it is written to by now? `ids` count on
-        that: what is kept may be filled the next time. Without them, it has to be a number."""
+        """Whether it is zero, as forward made it, or was, if it is written to by now. `ids` count
+        on that: what is kept may be filled the next time. Without them, it has to be a number."""
         if not isinstance(value, Tensor):
             return bool(value == 0)
         if (value.ndim and ids is None) or not self.is_untouched(value):
@@ -119,7 +119,7 @@ class Memory:
 
 
 def is_viewed(tensor: Tensor) -> bool:
-    """Do others show its memory, too?"""
+    """Whether others show its memory, too."""
     return getattr(tensor, _VIEWED, False) or tensor._is_view()
 
 

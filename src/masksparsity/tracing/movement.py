@@ -211,7 +211,7 @@ _PLACES: dict[Any, Callable[..., Sequence[Any]]] = {
 
 
 def _all_alike(move: Callable[..., Any], x: Tensor, rest: Any) -> bool:
-    """Does it repeat single values only, as often as the shape of the result says?"""
+    """Whether it repeats single values only, as often as the shape of the result says."""
     if move is not _repeat:
         return move is _expand
     times = rest[0]

@@ -146,8 +146,8 @@ def like(example: tuple[tuple, dict], model: nn.Module) -> tuple[tuple, dict]:
 
 
 def of_users(modules: Iterable[nn.Module]) -> bool:
-    """Is there code that may do other things in train mode, such as return features? That of
-    libraries asks for the sake of dropout, and of auxiliary heads, whose parameters tell."""
+    """Whether there is code that may do other things in train mode, such as return features. That
+    of libraries asks for the sake of dropout, and of auxiliary heads, whose parameters tell."""
     return any(not kind.__module__.startswith(LIBRARIES) for kind in {type(m) for m in modules})
 
 
@@ -155,7 +155,7 @@ LIBRARIES = ("torch.nn.", "torchvision.", "timm.", "masksparsity.")  # scripts a
 
 
 def made_up_will_do(model: nn.Module) -> bool:
-    """Is none of the code that runs in forward a user's, who may look at values in any way?"""
+    """Whether none of the code that runs in forward is a user's, who may look at values."""
     modules = [*model.modules()]
     return not (
         of_users(modules)
@@ -169,7 +169,7 @@ _FUNCTIONS = (FunctionType, MethodType, functools.partial)
 
 
 def _is_users(function: Any) -> bool:
-    """Has no library written it? Such as an activation that a module keeps."""
+    """Whether no library has written it, as with an activation that a module keeps."""
     while isinstance(function, functools.partial):
         function = function.func
     return not (getattr(function, "__module__", None) or "torch.nn.").startswith(LIBRARIES)
@@ -333,6 +333,6 @@ def _shallow(container: Any) -> Any:
 
 
 def _same(now: Any, was: Any) -> bool:
-    """Are these the very same items?"""
+    """Whether these are the very same items."""
     parts = [(now, was)] + ([(now.values(), was.values())] if isinstance(now, dict) else [])
     return len(now) == len(was) and all(all(map(operator.is_, a, b)) for a, b in parts)

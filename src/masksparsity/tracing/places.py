@@ -180,13 +180,13 @@ def _lay(
 
 
 def _is_seen(t: Tracer, x: Tensor) -> bool:
-    """Is it not a tensor that forward has made and that nothing else shows?"""
+    """Whether it is no tensor that forward has made and that nothing else shows."""
     canvas = t.memory.canvases.get(x)
     return canvas is None or any(view() is not None for view in canvas.views)
 
 
 def _alike(t: Tracer, y: Any, axes: frozenset[int], ndim: int) -> bool:
-    """Has it one value for all channels?"""
+    """Whether it has one value for all channels."""
     if not isinstance(y, Tensor) or t.memory.is_blank(y):
         return True
     return not any(varies(y, a - ndim + y.ndim) for a in axes)

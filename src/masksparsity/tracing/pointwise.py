@@ -61,7 +61,7 @@ def _divisor(found: tuple[Labels, ...]) -> tuple[Labels, ...]:
 
 
 def _alike(found: list[tuple[Labels, ...]]) -> bool:
-    """Do two tensors hold one channel per element, along the same axes? Nearly all do."""
+    """Whether two tensors hold one channel per element, along the same axes. Nearly all do."""
     a, b = found
     if len(a) != 1 or len(b) != 1 or a[0].axes != b[0].axes:
         return False
@@ -69,8 +69,8 @@ def _alike(found: list[tuple[Labels, ...]]) -> bool:
 
 
 def _unbounded(t: Tracer, op: str, args: Sequence[Any], kwargs: Any) -> bool:
-    """Is a factor infinite, or a divisor of no channels zero? Of what is clean there is no need to
-    ask, unless it is a parameter."""
+    """Whether a factor is infinite, or a divisor of no channels zero. What is clean need not be
+    asked, unless it is a parameter."""
     pole: Any = _POLES[op](args) if op in _POLES else None
     for x in (*args, *kwargs.values()):
         if not isinstance(x, Tensor):

@@ -69,7 +69,7 @@ def biased(
 
 
 def _all_alike(t: Tracer, weight: Tensor) -> bool:
-    """Is it one filter for all channels, as a blur has it, made as often as there are channels?"""
+    """Whether it is one filter, as a blur has it, made as often as there are channels."""
     if id(weight) in t.names or t.labels(weight):
         return False
     t.mattered = True

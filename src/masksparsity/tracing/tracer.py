@@ -89,7 +89,7 @@ class Tracer(Findings):
         return self._own[name]
 
     def is_labelled(self, tensor: Any) -> bool:
-        """Does it carry labels, were they of an earlier trace?"""
+        """Whether it carries labels, be they of an earlier trace."""
         return hasattr(tensor, _LABELS)
 
     def along(self, flat: Tensor, axis: int, ndim: int) -> Tensor:
@@ -253,8 +253,8 @@ class Tracer(Findings):
         return self.slot(name, axis, tensor.shape[axis]), frozenset({(name, axis)}), True
 
     def is_clean(self, tensor: Tensor | None, axis: int) -> bool:
-        """Is a weight or bias zero along an axis wherever its producers are? One that is computed
-        need not be."""
+        """Whether a weight or bias is zero along an axis wherever its producers are. One that is
+        computed need not be."""
         if tensor is None or id(tensor) in self.names:
             return True
         return all(m.clean for m in self.labels(tensor) if axis in m.axes)

@@ -27,7 +27,7 @@ def create_optimizer(model: nn.Module, phase: Phase) -> torch.optim.SGD:
 
 
 def capturable(device: torch.device) -> bool:
-    """Can a step be captured? Collectives between processes stay outside of captures."""
+    """Whether a step can be captured. Collectives between processes stay outside of captures."""
     return device.type == "cuda" and dist.size() == 1
 
 
