@@ -1,4 +1,4 @@
-"""What users are told when something cannot be done."""
+"""Errors that tell users what cannot be done, and what to do."""
 
 
 class MaskSparsityError(ValueError):

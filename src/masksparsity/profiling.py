@@ -1,4 +1,4 @@
-"""What a model costs, counted and measured."""
+"""The cost of a model, counted and measured."""
 
 import statistics
 import time

@@ -158,7 +158,7 @@ def _refuse_sums(graph: ChannelGraph, keep: KeepMask, tensors: dict[str, Tensor]
 def _constants(
     model: nn.Module, graph: ChannelGraph, keep: KeepMask, tensors: dict[str, Tensor]
 ) -> tuple[Constants, _Inputs]:
-    """What the removed channels say at each consumer; and how forward read the tensors."""
+    """The constants of removed channels at each consumer; and how forward read the tensors."""
     watch = _Inputs(tensors)
     args, kwargs = like(graph.example, model)
     with evaluating(model.modules()), torch.no_grad(), watch:

@@ -1,4 +1,4 @@
-"""What a mask must respect beyond the groups: pieces of an axis that keep equal counts.
+"""Constraints of a mask beyond the groups: pieces of an axis that keep equal counts.
 
 Where code takes an axis apart (chunk, split, unflatten), it reads the pieces' lengths off the axis
 or has them written down. In the first case all pieces have to keep as many channels, or the slim

@@ -18,7 +18,7 @@ from .silence import Branches
 
 
 class Kept(Protocol):
-    """What graphs need of a `KeepMask`, which knows graphs itself."""
+    """The part of `KeepMask` that graphs need; it knows graphs itself."""
 
     graph: "ChannelGraph"
 
@@ -52,7 +52,7 @@ class ChannelGroup:
 
     @cached_property
     def slices(self) -> tuple[Slice, ...]:
-        """What goes with the group's channels, tensor by tensor."""
+        """The parts of tensors that go with the group's channels."""
         found = []
         for (tensor, axis), units in self.slots.items():
             position = (
@@ -100,7 +100,7 @@ class ChannelGraph:
     doubled: bool
     """There, on two examples instead of one."""
     records: tuple[Record, ...]
-    """What operations read, in labels: several may be of one unit, and their order matters."""
+    """In labels: several may be of one unit, and their order matters."""
     labels: Mapping[Slot, Tensor]
     """(tensor, axis) -> int64 label of every index."""
     unit_of: Tensor
@@ -134,7 +134,7 @@ class ChannelGraph:
 
     @cached_property
     def counter(self) -> Counter:
-        """What MACs and parameters follow from, made at first use."""
+        """Counts MACs and parameters; made at first use."""
         shapes = {name: self.shapes[name] for name in sorted(self.parameters)}
         return Counter([group.size for group in self.groups], self.layers, self.slots, shapes)
 

@@ -185,7 +185,7 @@ class KeepMask(Mapping[str, Tensor]):
         return self._with(self.units | self._same_graph(other).units)
 
     def __invert__(self) -> "KeepMask":
-        """What was kept goes and what went is kept, in prunable groups."""
+        """The complement, in prunable groups."""
         units = ~self.units
         for group in self.graph.protected:
             units[group.start : group.start + group.size] = True

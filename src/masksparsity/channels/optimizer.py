@@ -1,4 +1,4 @@
-"""What an optimizer remembers of parameters, carried over to the slices of them that stay."""
+"""Optimizer state, carried over to the slices of parameters that stay."""
 
 from collections.abc import Mapping
 from functools import partial

@@ -42,7 +42,7 @@ class _Vector:
         """(elements, group of the optimizer) of neighbours in one group."""
 
     def gather(self) -> Tensor:
-        """What the parameters hold now, in memory that lasts: large allocations are slow. To be
+        """The parameters' values now, in memory that lasts: large allocations are slow. To be
         called without gradients."""
         dtype, device = self.values.dtype, self.values.device
         # Concatenation would round to the old dtype. (Asking every tensor's device would be slow.)
@@ -70,7 +70,7 @@ class _Vector:
 
 
 class Penalty(ABC):
-    """What the three forms share: the parameters, where they are masked, and the optimizer."""
+    """Base of the three forms: the parameters, where they are masked, and the optimizer."""
 
     tensors: dict[str, Tensor]
     masked: dict[str, Tensor]
@@ -140,7 +140,7 @@ class Penalty(ABC):
         """One application, for loops that have their own place for it."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint has to hold, by name: the tensors themselves, not copies."""
+        """State for a checkpoint, by name: the tensors themselves, not copies."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -88,7 +88,7 @@ def _some(graph: ChannelGraph, seed: int) -> KeepMask:
 
 
 def _alike(model: nn.Module, name: str) -> list[str]:
-    """What is written in one module is written in all of its kind."""
+    """Names of all modules of the same class: what is written in one is written in all."""
     modules = dict(model.named_modules())
     kind = type(modules.get(name))
     if kind.__module__.startswith("torch.nn."):
@@ -99,9 +99,9 @@ def _alike(model: nn.Module, name: str) -> list[str]:
 def _suspects(
     tracer: Tracer, graph: ChannelGraph, refusal: Refusal, alike: list[str], level: int
 ) -> list[Tensor] | None:
-    """What to protect: the channels that entered the operation that failed; if that is not enough,
-    those of the operation before it; what modules of its kind take apart; all that they read; then
-    all in the module around it, and so on. None if there is nothing more."""
+    """Labels to protect: those that entered the operation that failed; on the next levels, those
+    that the operation before it read, that modules of its kind take apart, that they read at all,
+    that are in the module around it, and so on. None if there is nothing more."""
     if level == 0:
         units = {*refusal.entered.tolist()}
         entered = [g for g in graph.prunable if units & {*range(g.start, g.start + g.size)}]

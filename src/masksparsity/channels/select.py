@@ -19,7 +19,7 @@ from .scores import Scores
 
 
 class Limits(TypedDict, total=False):
-    """What no choice may overstep."""
+    """Bounds of every choice."""
 
     min_keep: int
     """Units that every group keeps at least; 1 if not given. With 0 a whole branch may go, where
@@ -262,7 +262,7 @@ def _asked(
 def _prices(
     ranking: _Ranking, measure: Callable[[KeepMask], float], kept: KeepMask
 ) -> dict[str, float]:
-    """What one more unit of each group saves."""
+    """The cost that one unit of each group saves, the next to go."""
     now = measure(kept)
     prices = {}
     for group in ranking.groups:
@@ -358,7 +358,7 @@ def _from(mask: KeepMask, selector: str, **settings: object) -> KeepMask:
 
 
 def _hint(name: str) -> str:
-    """What the one who wrote `name` may have meant."""
+    """The end of a message: what `name` may have been meant to be."""
     if name in _BUDGETS:
         return "; select.budget does"
     close = get_close_matches(name, [*Limits.__annotations__, *_BUDGETS], 1)

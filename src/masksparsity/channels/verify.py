@@ -24,7 +24,7 @@ from .silence import silent_modules
 
 
 class Refusal(MaskSparsityError):
-    """What the proof found wrong, where."""
+    """The proof has failed, here."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Refusal(MaskSparsityError):
 
 
 def records_now(model: nn.Module, graph: ChannelGraph) -> tuple[Record, ...]:
-    """What a run of the dense model records with the labels that it was traced with.
+    """The records of a run of the dense model, with the labels that it was traced with.
 
     Raises:
         MaskSparsityError: it reads parameters of another model in place of its own.

@@ -1,4 +1,4 @@
-"""What data to read, and how; command-line flags are generated from the fields."""
+"""Settings of data and how to read it; command-line flags are generated from the fields."""
 
 from dataclasses import dataclass
 from pathlib import Path

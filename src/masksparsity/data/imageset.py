@@ -1,4 +1,4 @@
-"""What a source of images hands over, before loaders are made of it."""
+"""Images and labels of a source, before loaders are made of them."""
 
 from dataclasses import dataclass
 from pathlib import Path

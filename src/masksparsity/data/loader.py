@@ -1,4 +1,4 @@
-"""What the training loop sees of data, and what all loaders share."""
+"""The interface of data to the training loop, and what all loaders share."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -74,7 +74,7 @@ def _scores(
     batches: Callable[[], Batches] | None,
     kept: ms.KeepMask | None = None,
 ) -> ms.scores.Scores:
-    """What the channels are worth, or would be if only those of a mask were there."""
+    """The channels' scores, or what they would be if only those of a mask were there."""
     if kept is not None and not kept.units.all():
         model = ms.apply_mask(model, graph, kept)
     if config.scores != "taylor" or batches is None:

@@ -1,4 +1,4 @@
-"""What has to be known of where numbers come from."""
+"""Where numbers come from: versions, device, source."""
 
 import platform
 import shlex
@@ -22,7 +22,7 @@ def origin(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """What hardware computes, and how much of it."""
+    """The hardware that computes, and how much of it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()

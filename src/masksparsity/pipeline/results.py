@@ -65,7 +65,7 @@ def write(work: Workspace) -> dict[str, Any]:
 
 
 def _scales(work: Workspace, found: dict[str, Any]) -> dict[str, Any]:
-    """What the final mask keeps, layer by layer, and what it does to the distribution of scales."""
+    """Kept channels, layer by layer, and the distribution of scales before and after."""
     graph = work.trace(work.dense())
     norms = ms.KeepMask.load(work.runs.folder("mask") / FILES["mask"], graph).by_norm()
     if not norms:

@@ -19,7 +19,7 @@ FILES = {"weights": "model.safetensors", "mask": "mask.json"}
 
 
 class RunDir:
-    """What the stages leave, by their names. Under torchrun, only process 0 may write."""
+    """The files that stages leave, by their names. Under torchrun, only process 0 may write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,7 +33,7 @@ class RunDir:
         return (self.folder(stage) / RESULT).exists()
 
     def result(self, stage: str) -> dict[str, Any]:
-        """What a complete stage found."""
+        """The result of a complete stage."""
         return self._read(stage, RESULT, "seconds", "origin")
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
@@ -44,7 +44,7 @@ class RunDir:
             raise self._damaged(self.folder(stage) / METRICS, error) from error
 
     def asked(self, stage: str) -> dict[str, Any] | None:
-        """What the stage was asked to do, if there is anything of it to be kept."""
+        """The settings of the stage, if there is anything of it to be kept."""
         begun = self.complete(stage) or (self.folder(stage) / CHECKPOINT).exists()
         return self._read(stage, CONFIG) if begun else None
 

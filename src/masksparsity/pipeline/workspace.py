@@ -1,4 +1,4 @@
-"""What the stages of one command share: settings, files, data, and the making of networks."""
+"""Shared by the stages of one command: settings, files, data, and the making of networks."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ _NO_MATTER = {"data": ("workers", "download"), "train": ("log_every",)}
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage does, which sections of the config it heeds, whose files it starts from."""
+    """A stage: what it does, which sections of the config it heeds, whose files it starts from."""
 
     name: str
     body: Callable[["Workspace", Path], dict[str, Any]]
@@ -76,7 +76,7 @@ class Workspace:
         return self.runs.folder(source) / FILES[name]
 
     def asked(self, stage: Stage) -> dict[str, Any]:
-        """What `stage` is asked to do: its sections of the config, and its inputs."""
+        """The settings of `stage`: its sections of the config, and its inputs."""
         config = self.config.as_json()
         for section, names in _NO_MATTER.items():
             for name in names:

@@ -58,7 +58,7 @@ def accuracy(results: Results, runs: Mapping[str, Results]) -> Figure | None:
 
 
 def cost(results: Results, runs: Mapping[str, Results]) -> Figure | None:
-    """What is left of MACs, parameters and latency."""
+    """Slim shares of MACs, parameters and latency."""
     known = {
         f"{name}\n{text(both[0])} → {text(both[1])}": both
         for key, name, text in (

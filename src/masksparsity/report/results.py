@@ -109,7 +109,7 @@ def rows(results: Results) -> list[tuple[str, ...]]:
 
 
 def title(results: Results) -> str:
-    """What a run is called by: its recipe, or else its model."""
+    """The name of a run: its recipe, or else its model."""
     return str(results.get("recipe") or results.get("model") or "A run")
 
 

@@ -31,7 +31,7 @@ def split(t: Tracer, x: Tensor, m: Labels, sizes: Any, dim: int = 0) -> None:
 def slices(
     t: Tracer, x: Tensor, m: Labels, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> None:
-    """What a slice takes, and what it leaves on both sides. A strided one is left to the proof."""
+    """Three pieces: a slice, and the rest on both sides. A strided one is left to the proof."""
     if dim % x.ndim not in m.axes or step != 1:
         return
     length = x.shape[dim]

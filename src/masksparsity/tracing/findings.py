@@ -1,4 +1,4 @@
-"""What a trace finds: the groups, their costs and the proof are made of it."""
+"""Findings of a trace, of which the groups, their costs and the proof are made."""
 
 import functools
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from .labels import Cut, Labels, Norm, Product, Reason, Record, Slot
 
 
 class Findings:
-    """What operations have told so far, and which one runs now, in which module.
+    """The findings so far, and which operation runs now, in which module.
 
     If the labels are `given`, nothing is united or protected, and only the records count.
     """
@@ -83,7 +83,7 @@ class Findings:
                 self.producers |= m.sources
 
     def record(self, labels: Iterable[Labels], scalars: Iterable[Any] = ()) -> None:
-        """What an operation reads, and its numbers: the proof compares it."""
+        """Note what an operation reads, and its numbers, for the proof to compare."""
         labels, scalars, self.numbers = tuple(labels), (*scalars, *self.numbers), ()
         ids = tuple([m.ids for m in labels])
         shapes = tuple([m.ids.shape if len(m.axes) > 1 else None for m in labels])

@@ -1,4 +1,19 @@
-"""What travels beside tensors, and what operations leave behind: the words of a trace."""
+"""The words of a trace: labels travel beside tensors, findings are left behind by operations.
+
+id: a number for one channel in one place. Where channels meet, their ids are *united*; all that was
+    united is a *unit*, which stays or goes as one.
+slot: one axis of one parameter or buffer, with an id per index.
+producer: a slot that makes channels: where it is zero, so is the channel. It is *exposed* if
+    something other than a norm reads the channel, so that the slot itself has to become zero.
+consumer: a slot that a product sums over. What is summed without a weight is *swallowed*.
+clean: zero wherever the producers are zero, as behind a ReLU and not behind a sigmoid.
+blank: made in forward from sizes and numbers alone, all channels alike; a *canvas* while it is
+    filled.
+pin: protect channels, with a reason.
+cut: an axis taken apart into pieces, whose lengths the code has from somewhere.
+record: what one operation read, which the proof compares. In the proof the ids of all slots are
+    *given*: nothing is united or pinned then.
+"""
 
 from typing import Any, NamedTuple
 

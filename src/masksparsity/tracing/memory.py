@@ -1,4 +1,4 @@
-"""What is known of the memory of tensors, beside the labels of what they hold."""
+"""The memory of tensors: who shares it, what is zero in it, what has to be put back."""
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -13,7 +13,7 @@ _VIEWED, _BLANK = "_masksparsity_viewed", "_masksparsity_blank"
 
 @dataclass
 class Canvas:
-    """What has been written to a tensor that forward made from sizes alone."""
+    """A tensor that forward made from sizes alone, and what has been written to it."""
 
     zero: bool
     """Whether it is zero where nothing was written."""

@@ -91,7 +91,7 @@ def kept_by(modules: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def _values_of(modules: Iterable[nn.Module], but: frozenset[str]) -> tuple[list[Any], list[Any]]:
-    """What modules hold in attributes but some, and in containers there; and these containers."""
+    """Values of modules' attributes but some, and in containers there; and these containers."""
     states = map(vars, modules)
     values = [v for s in states for k, v in s.items() if k not in but and type(v) not in _PLAIN]
     found: dict[int, Any] = {}

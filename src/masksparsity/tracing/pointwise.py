@@ -138,7 +138,7 @@ def _merge(
 
 
 def varies(x: Tensor, axis: int) -> bool:
-    """What was expanded along an axis has one value there, whatever its length."""
+    """Whether values differ along an axis: an expanded one has one value, whatever its length."""
     if axis < 0 or x.shape[axis] == 1:
         return False
     return x.layout != torch.strided or x.stride(axis) != 0

@@ -1,4 +1,4 @@
-"""What stands in for a convolution where values do not matter: ones, in no time."""
+"""Convolutions that give ones, in no time, where values do not matter."""
 
 import torch
 from torch import Tensor

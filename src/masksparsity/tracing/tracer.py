@@ -31,7 +31,7 @@ Rule = Callable[["Tracer", str, Any, Any, Any, bool], None]
 
 
 class Tracer(Findings):
-    """What is known of the labels of a model, and what rules may say of them.
+    """The labels of a model and of the tensors in its forward, and what rules may say of them.
 
     With `given` (slot -> ids) the labels of all parameters are known beforehand: nothing is united
     or protected, and only the records count. That is how the proof replays a slim model.
@@ -134,7 +134,7 @@ class Tracer(Findings):
             setattr(out, _LABELS, (self.token, labels))
 
     def suspect(self, tensor: Tensor) -> None:
-        """What is no operation may fill it: the proof compares its values where they are read."""
+        """It may be filled by no operation: the proof compares its values where it is read."""
         if tensor.layout == torch.strided:
             self.suspects[id(root(tensor))] = root(tensor)
 

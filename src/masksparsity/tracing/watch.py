@@ -1,4 +1,4 @@
-"""What a forward does beside its operations: it enters modules, and values leave PyTorch."""
+"""Events of a forward beside its operations: it enters modules, and values leave PyTorch."""
 
 import contextlib
 import functools
@@ -77,7 +77,7 @@ def arrivals(tracer: Tracer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def assignments(tracer: Tracer) -> Iterator[None]:
-    """What `.data =` puts into a tensor is followed, and undone."""
+    """Assignments to `.data` are followed, and undone."""
     data: Any = Tensor.data
 
     def assign(x: Tensor, other: Tensor) -> None:

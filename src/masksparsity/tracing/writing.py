@@ -1,4 +1,4 @@
-"""What forward makes from sizes and numbers, and memory that it fills: `out[:, :8] = a`.
+"""Tensors that forward makes from sizes and numbers, and fills in place: `out[:, :8] = a`.
 
 A tensor made from sizes alone is a canvas. As long as copies into slices of it are all that it
 gets, and nobody holds a view of it, it is known which channel every element came from.
@@ -52,7 +52,7 @@ def _place(whole: Tensor, view: Tensor) -> _Place | None:
 
 
 class _Copy(NamedTuple):
-    """What is copied into a slice of a canvas."""
+    """A copy into a slice of a canvas."""
 
     labels: Labels
     axes: frozenset[int]

@@ -1,4 +1,4 @@
-"""What a person sees while it works: a bar on a terminal, now and then a line elsewhere."""
+"""Progress for a person to see: a bar on a terminal, now and then a line elsewhere."""
 
 import time
 from types import TracebackType
