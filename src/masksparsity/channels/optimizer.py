@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import MaskSparsityError
 from .penalty import release
-from .rebuild import cut
+from .rebuild import kept_part
 
 
 def carry_over(
@@ -83,6 +83,6 @@ def _cut_state(
                 f"optimizer state {key!r} of {name} has shape {tuple(value.shape)}, the parameter "
                 f"{tuple(p.shape)}: it cannot be sliced; start a new optimizer"
             )
-        return cut(value, axes)
+        return kept_part(value, axes)
 
     return {key: tree_map(partial(sliced, key), value) for key, value in values.items()}

@@ -47,7 +47,7 @@ def protect_what_is_refused(
                 tracer.pins += [(ids, reason) for ids in zeros]
                 graph, zeros = solve(), []
                 continue
-            alike = _alike(model, refusal.module)
+            alike = _of_one_class(model, refusal.module)
             level = refusals[alike[0]] // _PATIENCE
             refusals[alike[0]] += 1
             free = _free(graph)
@@ -87,7 +87,7 @@ def _some(graph: ChannelGraph, seed: int) -> KeepMask:
     return KeepMask(graph, chosen).repaired()
 
 
-def _alike(model: nn.Module, name: str) -> list[str]:
+def _of_one_class(model: nn.Module, name: str) -> list[str]:
     """Names of all modules of the same class: what is written in one is written in all."""
     modules = dict(model.named_modules())
     kind = type(modules.get(name))

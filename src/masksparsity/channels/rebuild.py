@@ -12,7 +12,7 @@ from ..tracing.network import duplicate, evaluating, named_tensors
 from .silence import silence
 
 
-def cut(tensor: Tensor, axes: list[tuple[int, Tensor]]) -> Tensor:
+def kept_part(tensor: Tensor, axes: list[tuple[int, Tensor]]) -> Tensor:
     """The given indices of the given axes, in the tensor's own memory format."""
     out = tensor
     for axis, index in axes:

@@ -43,17 +43,17 @@ class Branches:
         for units in pieces:
             self.fixed[torch.bucketize(units[units >= 0], ends, right=True)] = True
         none = torch.zeros_like(self.fixed)
-        self.given = ~self._reached(torch.zeros_like(self.fixed), none)
+        self.sources = ~self._reached(torch.zeros_like(self.fixed), none)
 
     def _silent(self, empty: Tensor) -> Tensor:
         """bool [layers], given which groups are empty."""
         there = torch.cat([~empty, empty.new_ones(1)])
         return ~((self.inputs & there).any(1) & (self.outputs & there).any(1))
 
-    def _reached(self, empty: Tensor, given: Tensor) -> Tensor:
+    def _reached(self, empty: Tensor, sources: Tensor) -> Tensor:
         """bool [groups]: what the network's inputs still get to."""
         makes = self.makes & ~self._silent(empty)
-        reached = torch.cat([given, given.new_ones(1)])
+        reached = torch.cat([sources, sources.new_ones(1)])
         while True:
             more = reached | self.outputs[makes & (self.inputs & reached).any(1)].any(0)
             if torch.equal(more, reached):
@@ -65,7 +65,7 @@ class Branches:
         empty = kept == 0
         if not empty.any():
             return empty
-        cut_off = ~empty & ~self._reached(empty, self.given)
+        cut_off = ~empty & ~self._reached(empty, self.sources)
         feeding = (self.outputs[:, :-1] & cut_off).any(1)
         return empty & (self.fixed | self.inputs[feeding].any(0)[:-1])
 

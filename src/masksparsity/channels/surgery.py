@@ -26,7 +26,7 @@ from .absorb import absorb as hand_over
 from .groups import ChannelGraph
 from .mask import KeepMask
 from .optimizer import carry_over
-from .rebuild import cut, rebuild
+from .rebuild import kept_part, rebuild
 from .verify import Refusal, prove, records_now
 
 
@@ -72,7 +72,7 @@ def prune(
             Nothing has changed then.
     """
     slim = remove(model, graph, keep, optimizer, absorb)
-    if absorb is None and not is_silent(model, graph, keep):
+    if absorb is None and not already_zero(model, graph, keep):
         warnings.warn(NOT_ZERO, stacklevel=2)
     return slim
 
@@ -85,7 +85,7 @@ NOT_ZERO = (  # the same words each time, so that a script is told once
 _ZERO = 1e-6
 
 
-def is_silent(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> bool:
+def already_zero(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> bool:
     """Whether all that makes the removed channels is zero, so that removal changes nothing."""
     tensors = dict(named_tensors(unwrap(model)))
     found = []
@@ -127,7 +127,7 @@ def remove(
         if not kept.all():
             kept_of.setdefault(name, []).append((axis, kept.nonzero().squeeze(1)))
     now = dict(named_tensors(model))
-    slim = rebuild(model, {n: cut(now[n].detach(), axes) for n, axes in kept_of.items()})
+    slim = rebuild(model, {n: kept_part(now[n].detach(), axes) for n, axes in kept_of.items()})
     with undisturbed(model):
         _settle(model, slim, graph, keep, made_up)
     if optimizer is not None:

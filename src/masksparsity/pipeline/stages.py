@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import masksparsity as ms
 from masksparsity.channels.penalty import Penalty
-from masksparsity.channels.surgery import NOT_ZERO, is_silent, remove
+from masksparsity.channels.surgery import NOT_ZERO, already_zero, remove
 from masksparsity.pipeline.choices import choose_mask, create_penalty, read_mask
 from masksparsity.pipeline.rundir import FILES
 from masksparsity.pipeline.workspace import Stage, Workspace
@@ -71,7 +71,7 @@ def prune(work: Workspace, folder: Path) -> Result:
     keep = read_mask(work.file(STAGES["prune"], "mask"), graph)
     result, slim = _prune(work, model, graph, keep)
     _save(folder, slim)
-    if work.config.prune.absorb == "none" and not is_silent(model, graph, keep):
+    if work.config.prune.absorb == "none" and not already_zero(model, graph, keep):
         result["warnings"] = [NOT_ZERO]
     return result["after_removal"] | result
 

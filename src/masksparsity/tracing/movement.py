@@ -147,7 +147,7 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
                 if not alias:
                     t.memory.make(out, t.memory.canvases[root(x)].zero)
             elif move is not _same:
-                how = [] if _all_alike(move, x, rest) else numbers(tree_leaves(rest))
+                how = [] if _repeats_values(move, x, rest) else numbers(tree_leaves(rest))
                 t.record((), [*extents(x), *how])
             return
         named = {k: v for k, v in kwargs.items() if k in ("dim", "start", "end", "step", "index")}
@@ -210,7 +210,7 @@ _PLACES: dict[Any, Callable[..., Sequence[Any]]] = {
 """Where a movement goes along the axes of x without channels: that might follow from a width."""
 
 
-def _all_alike(move: Callable[..., Any], x: Tensor, rest: Any) -> bool:
+def _repeats_values(move: Callable[..., Any], x: Tensor, rest: Any) -> bool:
     """Whether it repeats single values only, as often as the shape of the result says."""
     if move is not _repeat:
         return move is _expand

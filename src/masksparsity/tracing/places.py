@@ -160,7 +160,7 @@ def _lay(
         not axes
         or axes & over
         or any(m.axes != axes or m.ids.shape != sizes for m in found)
-        or any(len(ms) > 1 or not (ms or _alike(t, y, axes, out.ndim)) for y, ms in tensors)
+        or any(len(ms) > 1 or not (ms or _one_value(t, y, axes, out.ndim)) for y, ms in tensors)
         or (places and any(places[0].shape[a] != out.shape[a] for a in axes))
         or (inplace and not t.labels(x) and _is_seen(t, x))
     ):
@@ -185,7 +185,7 @@ def _is_seen(t: Tracer, x: Tensor) -> bool:
     return canvas is None or any(view() is not None for view in canvas.views)
 
 
-def _alike(t: Tracer, y: Any, axes: frozenset[int], ndim: int) -> bool:
+def _one_value(t: Tracer, y: Any, axes: frozenset[int], ndim: int) -> bool:
     """Whether it has one value for all channels."""
     if not isinstance(y, Tensor) or t.memory.is_blank(y):
         return True

@@ -42,7 +42,7 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
         t.expose(m for ms in found for m in ms)
         if len(tensors) == 1:
             result = [Labels(m.ids, m.axes, zero([m.clean], args)) for m in labels]
-        elif len(args) == 2 and _alike(found):
+        elif len(args) == 2 and _elementwise(found):
             (a,), (b,) = found
             t.unite(b.ids, a.ids)
             result = [Labels(a.ids, a.axes, zero([a.clean, b.clean], args))]
@@ -60,7 +60,7 @@ def _divisor(found: tuple[Labels, ...]) -> tuple[Labels, ...]:
     return tuple(m._replace(clean=False, sources=NOTHING) for m in found)
 
 
-def _alike(found: list[tuple[Labels, ...]]) -> bool:
+def _elementwise(found: list[tuple[Labels, ...]]) -> bool:
     """Whether two tensors hold one channel per element, along the same axes. Nearly all do."""
     a, b = found
     if len(a) != 1 or len(b) != 1 or a[0].axes != b[0].axes:

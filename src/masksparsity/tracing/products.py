@@ -41,7 +41,7 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
     else:
         outputs, sources, clean = t.out_ids(weight, outof)
         if shape[1] == 1 and groups > 1:  # depthwise: an input owns its outputs
-            if seen is not None and _all_alike(t, weight):
+            if seen is not None and _one_filter(t, weight):
                 outputs, clean = ids.repeat_interleave(shape[0] // groups), seen.clean
             t.unite(outputs.view(groups, -1), ids.view(groups, 1))
         else:
@@ -68,7 +68,7 @@ def biased(
     return sources, clean and t.is_clean(bias, 0)
 
 
-def _all_alike(t: Tracer, weight: Tensor) -> bool:
+def _one_filter(t: Tracer, weight: Tensor) -> bool:
     """Whether it is one filter, as a blur has it, made as often as there are channels."""
     if id(weight) in t.names or t.labels(weight):
         return False

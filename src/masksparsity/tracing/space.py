@@ -22,7 +22,7 @@ def spatial(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool)
     for m in found:
         moving = [a for a in m.axes if a >= x.ndim - dims]
         if moving:  # a pixel shuffle, or channels that lie along space
-            _alike(t, m, moving)
+            _unite_along(t, m, moving)
         if len(moving) == len(m.axes):
             t.pin(m.ids, "channels lie along another axis")
         else:
@@ -35,7 +35,7 @@ def spatial(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool)
         t.set(out[1], [m._replace(clean=False) for m in passing])
 
 
-def _alike(t: Tracer, m: Labels, axes: Any) -> None:
+def _unite_along(t: Tracer, m: Labels, axes: Any) -> None:
     first = m.ids
     for a in axes:
         first = first.narrow(a, 0, 1)
@@ -81,7 +81,7 @@ def _reduction(sums: bool, clean: bool = True) -> Rule:
                     t.pin(ids, "reduced over channels")
                 continue
             if over:  # a sum of several paths: what is added up is one channel
-                _alike(t, m, over)
+                _unite_along(t, m, over)
                 for a in over:
                     ids = ids.narrow(a, 0, 1)
             axes = m.axes - over
@@ -116,7 +116,7 @@ def softmax(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bo
             t.pin(m.ids, "softmax over channels")
             continue
         if axis in m.axes:  # over paths or radixes, channel by channel
-            _alike(t, m, [axis])
+            _unite_along(t, m, [axis])
         result.append(m._replace(clean=False, sources=frozenset()))
     t.set(out, result)
 
