@@ -96,6 +96,23 @@ class Recurrent(nn.Module):
         return state
 
 
+class Wider(nn.Module):
+    """More channels than before; zeros fill the shortcut up, on one side or on both."""
+
+    def __init__(self, width: int, more: int, how: str):
+        super().__init__()
+        self.body = nn.Conv2d(width, width + 2 * more, 3, padding=1)
+        self.norm, self.how = nn.BatchNorm2d(width + 2 * more), how
+        self.width, self.sides = width, (0, 0, 0, 0, more, more)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.body(x))
+        sides: tuple[int, ...] = (0, 0, 0, 0, 0, y.shape[1] - x.shape[1])
+        if self.how != "derived":
+            sides = self.sides if self.how == "attribute" else (0, 0, 0, 0, 0, 4)
+        return torch.relu(y + nn.functional.pad(x, sides))
+
+
 class Flatten(nn.Module):
     def __init__(self, literal: int | None):
         super().__init__()
@@ -118,7 +135,7 @@ def networks(draw: st.DrawFn) -> nn.Sequential:
     literal = draw(st.integers(0, 9)) == 0
     for _ in range(draw(st.integers(1, 5))):
         act = draw(st.sampled_from(ACTIVATIONS))
-        kind = draw(st.integers(0, 12))
+        kind = draw(st.integers(0, 13))
         if kind == 0:
             layers += [act, Residual(width, draw(st.integers(2, 9)), act)]
         elif kind == 1:  # depthwise separable
@@ -154,6 +171,11 @@ def networks(draw: st.DrawFn) -> nn.Sequential:
             inner = 2 * draw(st.integers(2, 6))
             layers += [Recurrent(width, inner)]
             width = inner
+        elif kind == 12:
+            how = "literal" if literal else draw(st.sampled_from(("derived", "attribute")))
+            more = 2 if literal else draw(st.integers(1, 3))
+            layers += [Wider(width, more, how)]
+            width += 2 * more
         else:
             layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), act]
     layers += [nn.AdaptiveAvgPool2d(2), Flatten(4 * width if literal else None)]

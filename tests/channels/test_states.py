@@ -90,6 +90,44 @@ class Widened(Recurrent):
         return torch.relu(self.inputs(x) + torch.cat([x, self.zeros(x, self.width)], 1))
 
 
+class Padded(Recurrent):
+    """The same by `pad`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sides: tuple[int, ...] = (0, 0, 0, 0, 0, 4)
+
+    def steps(self, x: Tensor) -> Tensor:
+        return torch.relu(self.inputs(x) + nn.functional.pad(x, self.sides))
+
+
+class OnBothSides(Padded):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sides = (0, 0, 0, 0, 2, 2)
+
+
+class PaddedByANumber(Padded):
+    def steps(self, x: Tensor) -> Tensor:
+        return torch.relu(self.inputs(x) + nn.functional.pad(x, (0, 0, 0, 0, 2, 2)))
+
+
+class PaddedByTheDifference(Padded):
+    def steps(self, x: Tensor) -> Tensor:
+        y = self.inputs(x)
+        return torch.relu(y + nn.functional.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1])))
+
+
+class PaddedByOnes(Padded):
+    def steps(self, x: Tensor) -> Tensor:
+        return torch.relu(self.inputs(x) + nn.functional.pad(x, self.sides, value=1.0))
+
+
+class PaddedAndCropped(Padded):
+    def steps(self, x: Tensor) -> Tensor:
+        return torch.relu(self.inputs(x) + nn.functional.pad(x, (0, 0, 0, 0, -1, 5)))
+
+
 FREE = {
     Joined: {"enter": 8, "joined": 12},
     Literal: {"enter": 8},
@@ -98,6 +136,12 @@ FREE = {
     Written: {"enter": 8, "inputs": 12},
     Beside: {"enter": 8, "joined": 12},
     Widened: {"enter": 8, "inputs": 4},
+    Padded: {"enter": 8, "inputs": 4},
+    OnBothSides: {"inputs": 4, "enter": 8},
+    PaddedByANumber: {"enter": 8},
+    PaddedByTheDifference: {"enter": 8, "inputs": 4},
+    PaddedByOnes: {},
+    PaddedAndCropped: {},
 }
 
 

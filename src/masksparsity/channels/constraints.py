@@ -20,7 +20,7 @@ from ..tracing.tracer import Tracer
 
 _MANY = 4096  # pieces: so many are no pieces of channels
 _WIDTH = "a width written down"
-_PERHAPS = ("slice", _WIDTH)  # or read off the axis: the proof sees
+_PERHAPS = ("slice", "constant_pad_nd", _WIDTH)  # or read off the axis: the proof sees
 
 
 class Equal(NamedTuple):
@@ -206,6 +206,9 @@ def _lengths(cuts: Iterable[Cut], keep: Tensor) -> dict[str, dict[Any, Any]]:
             bounds = (pieces[0], pieces[0] + pieces[1])
             pairs = [(n, b) for n, b in zip(cut.numbers, bounds, strict=True) if n]
             pairs = pairs[: 1 + (cut.numbers[1] < cut.whole.shape[1])]
+        elif cut.operation == "constant_pad_nd":  # the last two numbers
+            pairs = [(cut.numbers, (*cut.numbers[:-2], *pieces))]
+            pairs += [(n, p) for n, p in zip(cut.numbers[-2:], pieces, strict=True) if n]
         elif cut.numbers:  # a view: numbers of rows stay, their length changes
             rows = [math.prod(cut.numbers[k:-1]) for k in range(1, len(cut.numbers))]
             pairs = [(n * cut.numbers[-1], n * pieces[0]) for n in rows]

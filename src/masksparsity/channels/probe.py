@@ -80,7 +80,9 @@ def _some(graph: ChannelGraph, seed: int) -> KeepMask:
         shares = shares[:1] * len(rows)
     keep = torch.ones(graph.units, dtype=torch.bool)
     for units, share in zip(rows, shares, strict=True):
-        least = values[units].argsort(1)[:, : int(share * units.shape[1])]
+        # One at least, though not one of two: what is left alone is refused for its own sake.
+        number = max(int(share * units.shape[1]), units.shape[1] > 1 + (len(units) == 1))
+        least = values[units].argsort(1)[:, :number]
         keep[units] = True
         keep[units.gather(1, least)] = False
     chosen = {g.name: keep[g.start : g.start + g.size] for g in graph.prunable}

@@ -72,19 +72,36 @@ def _join(
 
 
 def pad(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
-    """By a constant: over space it passes channels, over channels it protects them."""
+    """By a constant. Over space it passes channels; over channels zeros become channels of their
+    own, as in shortcuts to wider layers, and anything else protects them."""
     x, widths, value = (*args, 0)[:3]
     padded = {x.ndim - 1 - k // 2 for k, width in enumerate(widths) if width}
     found = t.labels(x)
-    t.record(found, widths if found else [*x.shape, *widths])
+    over = frozenset().union(*(m.axes for m in found)) & padded
+    beside = [w for k, w in enumerate(widths) if x.ndim - 1 - k // 2 not in over]
+    t.record(found, beside if found else [*x.shape, *widths])
     result = []
     for m in found:
-        if m.axes & padded:
+        m = m._replace(clean=m.clean and value == 0)
+        if m.axes.isdisjoint(padded):
+            result.append(m)
+        elif m.axes == over and len(over) == 1 and m.clean and min(widths) >= 0:
+            result.append(_widened(t, m, widths, *over))
+        else:
             t.expose([m])
             t.pin(m.ids, "channels are padded by a constant width")
-        else:
-            result.append(m._replace(clean=m.clean and value == 0))
     t.set(out, result)
+
+
+def _widened(t: Tracer, m: Labels, widths: Sequence[int], axis: int) -> Labels:
+    ndim = m.ids.ndim
+    k = 2 * (ndim - 1 - axis)
+    ids = t.flat(m.ids, axis)
+    before, after = map(t.fresh_zeros, widths[k : k + 2])
+    whole = torch.cat([before, ids, after])
+    for module in t.around():
+        t.cut(whole[None], (before[None], after[None]), widths[: k + 2], module)
+    return m._replace(ids=t.along(whole, axis, ndim))
 
 
 RULES: dict[str, Rule] = {"cat": cat, "stack": stack, "constant_pad_nd": pad}

@@ -189,20 +189,34 @@ class Tracer(Findings):
     def zeros_of(self, tensor: Tensor, axis: int) -> Labels | None:
         """Labels for zeros that forward made, such as a first hidden state: channels of their own,
         until they meet those that take their place later. None for any other tensor."""
-        size, slot = tensor.shape[axis], (f"zeros {len(self.zeros)}", 0)
-        if (self.given and slot not in self.slots) or not self.memory.is_zero(tensor, _NO_IDS):
+        size = tensor.shape[axis]
+        if self.given and self._next_zeros() not in self.slots:
             return None
-        if size == 1 and not self.given:  # it broadcasts
-            return None
-        ids = self.slot(*slot, size)
-        self.zeros.append(ids)
-        if len(ids) != size:  # in the proof: a width that did not follow
+        if (size == 1 and not self.given) or not self.memory.is_zero(tensor, _NO_IDS):
+            return None  # a lone one broadcasts
+        ids = self.fresh_zeros(size)
+        if not ids.any():
             return None
         self.memory.is_zero(tensor, ids)  # again: now it is known which channels count on it
-        path = self.module.split(".")
-        for k in range(len(path) + 1):  # any of these modules may have the width in an attribute
-            self.cut(ids[None], (), module=".".join(path[:k]))
+        for module in self.around():
+            self.cut(ids[None], (), module=module)
         return Labels(self.along(ids, axis, tensor.ndim), frozenset({axis}))
+
+    def fresh_zeros(self, size: int) -> Tensor:
+        """Ids for so many channels of zeros that forward makes; in the proof those that it had
+        before, or anonymous ones if there are others."""
+        slot = self._next_zeros()
+        ids = self.slots.get(slot) if self.given else self.slot(*slot, size)
+        self.zeros.append(_NO_IDS if ids is None else ids)
+        return torch.zeros(size, dtype=torch.int64) if ids is None or len(ids) != size else ids
+
+    def _next_zeros(self) -> Slot:
+        return f"zeros {len(self.zeros)}", 0
+
+    def around(self) -> list[str]:
+        """The modules that run now: any of them may have a width in an attribute."""
+        path = self.module.split(".")
+        return [".".join(path[:k]) for k in range(len(path) + 1)]
 
     def consume(
         self, tensor: Tensor, axis: int, elsewhere: str | None = None
