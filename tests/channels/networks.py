@@ -204,7 +204,7 @@ def calibrated(model: nn.Module, inputs: Tensor) -> nn.Module:
     """Double precision, with norms that matter: random networks tend to ignore inner channels."""
     model = model.double()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.3)
     ms.recalibrate(model, [inputs])

@@ -252,10 +252,11 @@ def test_a_constant_that_is_learnt_is_no_input_that_vanishes():
     assert ("block.start", 1) in graph.producers
 
 
-def test_weights_that_are_computed_may_not_vanish():
+def test_where_computed_weights_do_not_vanish_what_reads_them_does():
     squashed = Call(lambda m, x: F.conv2d(x, torch.sigmoid(m.c.weight)), c=conv(16, 16))
     graph = outcome(calibrated(Net(nn.Sequential(squashed, nn.ReLU(), conv(16, 16))), X))
-    assert "zero does not stay zero" in str(graph.by_name["block.0.c"].reason)
+    assert graph.by_name["block.0.c"].prunable
+    assert ("block.2.weight", 1) in graph.exposed
 
 
 def test_auxiliary_heads_shrink_with_the_trunk():

@@ -1,4 +1,4 @@
-"""Every producer of a masked channel to exactly zero by a given step, one channel after another."""
+"""Masked channels to exactly zero by a given step, one after another."""
 
 from typing import Any
 
@@ -16,9 +16,10 @@ from .penalty import Penalty
 
 
 class ScheduledDecay(Penalty):
-    """Every producer of a masked channel to exactly zero within `steps` optimizer steps.
+    """Masked channels to exactly zero within `steps` optimizer steps.
 
-    Scales, shifts and the filters of producers without a norm are capped, after each step, at a
+    Scales, shifts, the filters of producers without a norm, and weights that read channels where
+    zero does not stay zero (`graph.exposed`) are capped, after each step, at a
     share of the magnitude they had when this object was made; so are buffers that make channels,
     as those of FrozenBatchNorm2d do. Removal is exact from then on, with nothing to absorb.
     Momentum of what is zero is cleared.

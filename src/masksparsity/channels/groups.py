@@ -84,7 +84,8 @@ class ChannelGraph:
     producers: frozenset[Slot]
     """Axes along which a channel is made: zero there, and it is zero."""
     exposed: frozenset[Slot]
-    """The producers that something other than a norm reads."""
+    """All that has to be zero for removal to change nothing: producers that something other than a
+    norm reads, and consumers of channels that are not zero with their producers."""
     consumers: frozenset[Slot]
     """Axes that a convolution or matrix product sums over."""
     behind: Mapping[str, str]

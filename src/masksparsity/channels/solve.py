@@ -54,7 +54,7 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
         slots=slots,
         norms=tuple(tracer.norms.values()),
         producers=frozenset(tracer.producers & tracer.slots.keys()),
-        exposed=frozenset(tracer.exposed & tracer.producers & tracer.slots.keys()),
+        exposed=frozenset((tracer.exposed & tracer.producers | tracer.shut) & tracer.slots.keys()),
         consumers=frozenset(tracer.consumers),
         behind={n: mean for n, mean in tracer.behind.items() if (n, 0) not in tracer.exposed},
         swallowed=to_units(_cat(tracer.swallowed)),

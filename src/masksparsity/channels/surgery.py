@@ -33,12 +33,13 @@ from .verify import Refusal, prove, records_now
 @torch.inference_mode(False)  # whose tensors cannot be trained
 def apply_mask(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> nn.Module:
     """A copy of `model` in which the removed channels are zero wherever they are produced: in
-    filters, biases, scales and shifts. It computes what the slim model computes."""
+    filters, biases, scales and shifts; and, where zero does not stay zero on the way, as behind a
+    sigmoid, wherever they are read. It computes what the slim model computes."""
     graph.check(model, keep)
     masked = duplicate(unwrap(model))
     tensors = dict(named_tensors(masked))
     with torch.no_grad():
-        for name, axis in graph.producers:
+        for name, axis in graph.producers | graph.exposed:
             gone = (~keep.slot(name, axis)).nonzero().squeeze(1)
             if len(gone):
                 tensors[name].index_fill_(axis, gone.to(tensors[name].device), 0)

@@ -31,6 +31,7 @@ class Findings:
         self.producers: set[Slot] = set()  # must be zero for a channel to be zero
         self.exposed: set[Slot] = set()  # producers that something other than a norm reads
         self.consumers: set[Slot] = set()  # axes that a product sums over
+        self.shut: set[Slot] = set()  # consumers of what is not zero with its producers
         self.swallowed: list[Tensor] = []  # summed over by what has no weights
         self.cuts: list[Cut] = []
         self.zeros: list[Tensor] = []  # ids of channels of zeros that forward made

@@ -68,7 +68,7 @@ def _join(
         clean = clean and all(
             t.memory.is_zero(x, ids) for x, b in zip(parts, alike, strict=True) if b
         )
-    t.set(out, [Labels(ids, axes, clean, sources)])
+    t.set(out, [Labels(ids, axes, clean, sources, all(m.finite for m in labels))])
 
 
 def pad(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:

@@ -5,7 +5,8 @@ id: a number for one channel in one place. Where channels meet, their ids are *u
 slot: one axis of one parameter or buffer, with an id per index.
 producer: a slot that makes channels: where it is zero, so is the channel. It is *exposed* if
     something other than a norm reads the channel, so that the slot itself has to become zero.
-consumer: a slot that a product sums over. What is summed without a weight is *swallowed*.
+consumer: a slot that a product sums over. What is summed without a weight is *swallowed*. Where a
+    channel is not zero with its producers, its consumers have to be zero: they are *shut*.
 clean: zero wherever the producers are zero, as behind a ReLU and not behind a sigmoid.
 blank: made in forward from sizes and numbers alone, all channels alike; a *canvas* while it is
     filled.
@@ -39,6 +40,8 @@ class Labels(NamedTuple):
     """Elements of a channel are zero whenever the channel's producers are."""
     sources: frozenset[Slot] = NOTHING
     """The producers that make it so, as long as no operation but a norm has read them."""
+    finite: bool = True
+    """They are no infinity then, either: what is not zero can still be multiplied by zero."""
 
 
 class Reason(NamedTuple):

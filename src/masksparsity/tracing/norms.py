@@ -14,6 +14,8 @@ def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
     x, weight, bias, *statistics = args[:5]
     ids, seen = t.read(x, 1, "normalised over channels")
     t.record((seen,) if seen else ())
+    if seen and not seen.finite:  # a scale of zero does not help
+        t.pin(ids, "infinite at zero")
     for tensor in (weight, *statistics):
         if isinstance(tensor, Tensor):
             t.meet(tensor, 0, ids)

@@ -176,7 +176,8 @@ def _lay(
     )
     if inplace:
         t.memory.overwrite(x)
-    t.set(out, [Labels(ids, axes, clean)], inplace)
+    finite = all(m.finite for m in found)
+    t.set(out, [Labels(ids, axes, clean, finite=finite)], inplace)
 
 
 def _is_seen(t: Tracer, x: Tensor) -> bool:

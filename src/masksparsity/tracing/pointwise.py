@@ -48,9 +48,13 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
             result = [Labels(a.ids, a.axes, zero([a.clean, b.clean], args))]
         else:
             result = _merge(t, tensors, found, out, lambda flags: zero(flags, args), args)
-        if op in _FACTORS and not t.given and any(m.clean for m in result):
-            bounded = not _unbounded(t, op, args, kwargs)
-            result = [m._replace(clean=m.clean and bounded) for m in result]
+        finite = all(m.finite for m in labels)
+        if op in _POLES:
+            finite &= all(m.clean for m in t.labels(_POLES[op](args)))
+        if op in _FACTORS and not t.given and result and _unbounded(t, op, args, kwargs):
+            result = [m._replace(clean=False) for m in result]
+            finite = False
+        result = [m._replace(finite=m.clean or finite) for m in result]
         t.set(out, result, inplace)
 
     return apply

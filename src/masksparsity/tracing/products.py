@@ -18,16 +18,18 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
     x, weight, bias, *_, transposed, _, groups = args
     into, outof = (0, 1) if transposed else (1, 0)
     shape = weight.shape
-    ids, seen = t.consume(x, 1, ELSEWHERE)
+    name = t.names.get(id(weight))
+    if transposed and groups == shape[0] > shape[1] == 1 and name and not t.given:
+        t.depthwise.add(name)
+    # Depthwise: an input channel is zero behind its own filter.
+    alone = name in t.depthwise if transposed else groups > 1 and shape[1] == 1
+    ids, seen = t.consume(x, 1, weight, 0 if alone else into, ELSEWHERE)
     how = str(args[3:8])  # lists have no hash
     t.record((seen,) if seen else (), (how, *out.shape[2:], *(() if seen else x.shape[1:2])))
     inputs = ids  # of one group
     if groups > 1:
         inputs = ids.view(groups, -1)[0] if groups < len(ids) else torch.zeros(1, dtype=torch.int64)
         t.cut(t.along(ids, 1, 2), ())
-    name = t.names.get(id(weight))
-    if transposed and groups == shape[0] > shape[1] == 1 and name and not t.given:
-        t.depthwise.add(name)
     if transposed and name in t.depthwise:
         outputs, sources, clean = t.out_ids(weight, 0)
         t.unite(outputs, ids)
@@ -40,7 +42,7 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
             _tie_groups(t, groups, ids)
     else:
         outputs, sources, clean = t.out_ids(weight, outof)
-        if shape[1] == 1 and groups > 1:  # depthwise: an input owns its outputs
+        if alone:  # an input owns its outputs
             if seen is not None and _one_filter(t, weight):
                 outputs, clean = ids.repeat_interleave(shape[0] // groups), seen.clean
             t.unite(outputs.view(groups, -1), ids.view(groups, 1))
@@ -139,7 +141,7 @@ def _matmul(
     into, outof = into % b.ndim, (b.ndim - 1 if into == -2 else 0)
     # A term is zero if either factor is; the weights of a removed input are not.
     partner = [m for m in t.labels(b) if into in m.axes and m.clean and m.sources <= t.producers]
-    ids, seen = t.read(a, -1) if len(partner) == 1 else t.consume(a, -1)
+    ids, seen = t.read(a, -1) if len(partner) == 1 else t.consume(a, -1, b, into)
     if seen is not None and len(partner) == 1:
         t.swallow(seen if seen.clean else partner[0])
     rows = [m for m in t.labels(a) if a.ndim - 1 not in m.axes]

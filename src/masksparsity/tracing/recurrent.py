@@ -15,7 +15,7 @@ _WHY = "units of a recurrent layer"
 def layer(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -> None:
     """One layer in one direction; channels lie along the last axis."""
     x, weight, *others = args
-    ids, seen = t.consume(x, -1, "channels lie along another axis")
+    ids, seen = t.consume(x, -1, weight, 1, "channels lie along another axis")
     t.record([seen] if seen else [])
     t.meet(weight, 1, ids)
     t.consumers |= t.in_slots(weight, 1)

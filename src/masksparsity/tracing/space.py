@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from .findings import aside
-from .labels import Labels
+from .labels import NOTHING, Labels
 from .tracer import Rule, Tracer
 
 RULES: dict[str, Rule] = {}
@@ -29,7 +29,8 @@ def spatial(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool)
             ids = m.ids
             for a in moving:
                 ids = ids.narrow(a, 0, 1)
-            passing.append(Labels(ids, m.axes.difference(moving), m.clean))
+            axes = m.axes.difference(moving)
+            passing.append(m._replace(ids=ids, axes=axes, sources=NOTHING))
     t.set(result, passing)
     if isinstance(out, tuple):  # where the maxima are
         t.set(out[1], [m._replace(clean=False) for m in passing])
@@ -88,7 +89,8 @@ def _reduction(sums: bool, clean: bool = True) -> Rule:
             if not keepdim:
                 ids = ids.squeeze(tuple(reduced))
                 axes = frozenset(a - sum(d < a for d in reduced) for a in axes)
-            result.append(Labels(ids, axes, m.clean and clean))
+            clean_still = m.clean and clean
+            result.append(m._replace(ids=ids, axes=axes, clean=clean_still, sources=NOTHING))
         for tensor in out if isinstance(out, tuple) else (out,):
             t.set(tensor, result)
 
@@ -136,7 +138,8 @@ def unfold(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: boo
             t.pin(m.ids, "channels lie along another axis")
             continue
         ids = m.ids.reshape(-1).repeat_interleave(window[0] * window[1])
-        result.append(Labels(ids.view([1] * (x.ndim - 3) + [-1, 1]), m.axes, m.clean))
+        ids = ids.view([1] * (x.ndim - 3) + [-1, 1])
+        result.append(m._replace(ids=ids, sources=NOTHING))
     t.set(out, result)
 
 
@@ -154,7 +157,7 @@ def fold(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool)
         rows = m.ids.reshape(-1, window[0] * window[1])
         t.unite(rows, rows[:, :1])
         ids = rows[:, 0].view([1] * (x.ndim - 2) + [-1, 1, 1])
-        result.append(Labels(ids, m.axes, m.clean))
+        result.append(m._replace(ids=ids, sources=NOTHING))
     t.set(out, result)
 
 

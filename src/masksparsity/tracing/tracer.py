@@ -219,12 +219,13 @@ class Tracer(Findings):
         return [".".join(path[:k]) for k in range(len(path) + 1)]
 
     def consume(
-        self, tensor: Tensor, axis: int, elsewhere: str | None = None
+        self, tensor: Tensor, axis: int, weight: Tensor, into: int, elsewhere: str | None = None
     ) -> tuple[Tensor, Labels | None]:
-        """`read`, by something that sums over the channels: what is removed must have been zero."""
+        """`read`, by something that sums over the channels, along axis `into` of a weight: what is
+        removed must have been zero, or the weight is."""
         ids, m = self.read(tensor, axis, elsewhere)
         if m is not None:
-            self._sum(m)
+            self._sum(m, NOTHING if m.clean else self.in_slots(weight, into))
         return ids, m
 
     def swallow(self, m: Labels) -> None:
@@ -232,9 +233,13 @@ class Tracer(Findings):
         self._sum(m)
         self.swallowed.append(m.ids)
 
-    def _sum(self, m: Labels) -> None:
+    def _sum(self, m: Labels, by: frozenset[Slot] = NOTHING) -> None:
         self.expose([m])
-        if not m.clean:
+        if m.clean or self.given:
+            return
+        if by and m.finite and all(map(self._labelled, by)):
+            self.shut |= by
+        else:
             self.pin(m.ids, "zero does not stay zero on the way here")
 
     def meet(self, tensor: Tensor | None, axis: int, ids: Tensor) -> None:
