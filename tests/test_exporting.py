@@ -82,6 +82,12 @@ def test_keyword_inputs_and_several_outputs(tmp_path: Path) -> None:
     assert torch.equal(torch.export.load(path).module()(left=x, right=x)["sum"], x + x)
 
 
+def test_wrappers_that_take_any_arguments(tmp_path: Path) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+    ms.export(averaged, torch.randn(2, 3, 8, 8), tmp_path / "slim.pt2")
+    assert (tmp_path / "slim.pt2").exists()
+
+
 def test_a_file_that_computes_something_else_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

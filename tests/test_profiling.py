@@ -31,6 +31,30 @@ def test_memory_is_the_models_own_whatever_ran_before():
     assert ms.profile(network(), X, runs=2).memory_mib < 0.1
 
 
+class Remembers(nn.Module):
+    """Keeps a grid, counts calls, and writes to its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.grid, self.seen = nn.Conv2d(3, 8, 1), None, []
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        if self.grid is None:
+            self.grid = torch.linspace(0, 1, x.shape[-1])
+        self.calls += 1
+        self.seen.append(x.shape)
+        return self.conv(x.mul_(2)) * self.grid
+
+
+def test_a_profile_leaves_nothing_behind():
+    model, x = Remembers(), X.clone()
+    ms.profile(model, x, runs=2)
+    assert (model.grid, model.seen, float(model.calls)) == (None, [], 0)
+    assert torch.equal(x, X)
+    model(x).sum().backward()  # no tensor of inference mode is in the way
+
+
 def test_one_run_has_no_spread():
     with pytest.raises(ms.MaskSparsityError, match="runs=1: at least 2"):
         ms.profile(network(), X, runs=1)

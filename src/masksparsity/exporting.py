@@ -1,5 +1,6 @@
 """Out of Python: ONNX or torch.export, compared with the model before the file is written."""
 
+import inspect
 import io
 import re
 import warnings
@@ -19,6 +20,7 @@ from .tracing.network import (
     duplicate,
     evaluating,
     named_tensors,
+    untouched,
     unwrap,
 )
 
@@ -54,7 +56,12 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path) -> None:
     model, example = _on_cpu(unwrap(model), arguments(example_inputs))
     # Traced on two examples or more: a length of one would be taken for a constant.
     traced = _longer(example)
-    with evaluating(model.modules()), torch.no_grad(), warnings.catch_warnings():
+    with (
+        evaluating(model.modules()),
+        untouched(model),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         try:
             checks = [(i, _tensors(model(*i[0], **i[1]))) for i in (example, _longer(traced))]
@@ -100,7 +107,12 @@ def _onnx(model: nn.Module, inputs: Inputs) -> tuple[bytes, Run | None]:
                 "or write .pt2"
             )
     program = torch.onnx.export(
-        model, args, kwargs=kwargs, dynamic_shapes=_shapes(inputs), dynamo=True, verbose=False
+        model,
+        args,
+        kwargs=kwargs,
+        dynamic_shapes=_shapes(model, inputs),
+        dynamo=True,
+        verbose=False,
     )
     assert program is not None
     data = program.model_proto.SerializeToString()
@@ -121,7 +133,7 @@ def _onnx(model: nn.Module, inputs: Inputs) -> tuple[bytes, Run | None]:
 
 def _pt2(model: nn.Module, inputs: Inputs) -> tuple[bytes, Run]:
     args, kwargs = inputs
-    program = torch.export.export(model, args, kwargs, dynamic_shapes=_shapes(inputs))
+    program = torch.export.export(model, args, kwargs, dynamic_shapes=_shapes(model, inputs))
     file = io.BytesIO()
     torch.export.save(program, file)
     loaded = torch.export.load(io.BytesIO(file.getvalue())).module()
@@ -141,11 +153,12 @@ def _on_cpu(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
     return model, tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, inputs)
 
 
-def _shapes(inputs: Inputs) -> Any:
-    """For every input tensor, that its first axis may have any length, if it is the batch."""
+def _shapes(model: nn.Module, inputs: Inputs) -> Any:
+    """By the names of forward's arguments, for every input tensor, that its first axis may have any
+    length, if it is the batch."""
     batch, length = torch.export.Dim("batch"), batch_size(*inputs)
     args, kwargs = tree_map(lambda x: {0: batch} if _batched(x, length) else None, inputs)
-    return kwargs or args
+    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
 
 
 def _longer(inputs: Inputs) -> Inputs:

@@ -320,6 +320,7 @@ def test_values_that_leave_by_a_method_out_of_its_class(library, monkeypatch):
 
     if library:  # whose code is not tried out while tracing
         monkeypatch.setattr(Middle, "__module__", "torchvision.models")
+        gate.__module__ = "torchvision.models"
     model = Middle(gate).eval()
     graph = ms.trace(model, row(2, 3, 8, 8))
     assert graph.by_name["a"].prunable == library

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from types import MethodType
 
 import pytest
 import torch
@@ -69,3 +70,42 @@ def test_a_wrapped_model_is_analysed_trained_and_pruned_as_the_bare_one(
 @torch.no_grad()
 def outputs(model: nn.Module) -> Tensor:
     return model.eval()(X)
+
+
+class Carrying(Tensor):
+    """As the tensors of image libraries, which carry a path or an affine along."""
+
+
+def test_inputs_of_a_class_that_carries_something_along():
+    model = ms.models.create("resnet20", width=4)
+    plain, carrying = ms.trace(model, X), ms.trace(model, X.as_subclass(Carrying))
+    assert [repr(g) for g in carrying.groups] == [repr(g) for g in plain.groups]
+
+
+def layers() -> nn.Module:
+    """Code of a library only."""
+    torch.manual_seed(0)
+    ends = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), *ends)
+
+
+def centred(module: nn.Module, _: object, out: Tensor) -> Tensor:
+    return out - out.mean(1, keepdim=True) if module.training else out
+
+
+def test_a_hook_that_acts_in_training_is_seen():
+    model = layers()
+    model[1].register_forward_hook(centred)
+    assert [g.name for g in ms.trace(model, X).prunable] == ["2"]
+    model = layers()
+    model[1].forward = MethodType(lambda self, x: centred(self, None, x.relu()), model[1])
+    assert [g.name for g in ms.trace(model, X).prunable] == ["2"]
+
+
+def test_what_forward_does_only_since_the_trace_is_not_believed():
+    model = layers().eval()
+    graph = ms.trace(model, X)
+    model[1].register_forward_hook(lambda module, _, out: out - out.mean(1, keepdim=True))
+    keep = ms.select.uniform(graph, ms.scores.norm(model, graph), 0.5)
+    with pytest.raises(ms.MaskSparsityError, match="reduced over channels"):
+        ms.prune(model, graph, keep)

@@ -14,7 +14,6 @@ from ..tracing.labels import Reason, Slot
 from ..tracing.network import (
     arguments,
     batch_size,
-    made_up_will_do,
     named_tensors,
     of_users,
     shadow,
@@ -81,8 +80,8 @@ def _trace(
     rules: Mapping[str, Rule],
 ) -> ChannelGraph:
     table = {**RULES, **rules}
-    tracer = Tracer(model, table, made_up=not rules and made_up_will_do(model))
-    theirs = of_users(tracer.modules.values())
+    theirs = of_users(model)
+    tracer = Tracer(model, table, made_up=not rules and not theirs)
     try:
         _follow(tracer, model, args, kwargs, theirs)
         again = tracer.made_up and tracer.mattered

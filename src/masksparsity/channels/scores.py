@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MaskSparsityError
-from ..tracing.network import in_mode, unwrap
+from ..tracing.network import untouched, unwrap
 from .groups import ChannelGraph
 
 Scores = dict[str, Tensor]
@@ -68,7 +68,7 @@ def taylor(
         )
     measured = False
     total = {name: torch.zeros_like(scale) for name, scale in scales.items()}
-    with in_mode(model.modules()):
+    with untouched(model):
         for images, labels in batches:
             measured = True
             with torch.enable_grad():

@@ -15,8 +15,8 @@ from ..tracing.network import (
     duplicate,
     evaluating,
     like,
-    made_up_will_do,
     named_tensors,
+    of_users,
     tensors_in,
     undisturbed,
     unwrap,
@@ -110,7 +110,7 @@ def remove(
     """`prune` without a word; with `made_up`, the first proof computes no convolution, wherever
     the model is from."""
     graph.check(model, keep)
-    made_up = made_up or (graph.made_up and made_up_will_do(model))
+    made_up = made_up or (graph.made_up and not of_users(model))
     model = unwrap(model)
     for group, missed in zip(graph.groups, graph.branches.missed(keep.kept), strict=True):
         if missed:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import MaskSparsityError
 from ..tracing.forward import run, run_training
-from ..tracing.labels import Record
+from ..tracing.labels import Reason, Record
 from ..tracing.network import like, shadow
 from ..tracing.tracer import Tracer
 from .groups import ChannelGraph
@@ -63,6 +63,7 @@ def records_now(model: nn.Module, graph: ChannelGraph) -> tuple[Record, ...]:
             "a method",
             -1,
         )
+    _stays(tracer.pins, tracer, graph)
     return tuple(tracer.records)
 
 
@@ -91,7 +92,7 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask, made_up: bool = 
         except Exception as error:
             failure = error
     _compare(slim, tracer, graph, stays, ran=failure is None)
-    _stays(tracer, graph)
+    _stays(tracer.left, tracer, graph)
     if failure is not None:
         raised, flowing = tracer.fault
         entered = [graph.unit_of[ids.reshape(-1)] for ids in flowing if raised is failure]
@@ -165,12 +166,13 @@ def _compare(
         raise Refusal(why, extra.operation, extra.module, remedy, len(records) - 1)
 
 
-def _stays(tracer: Tracer, graph: ChannelGraph) -> None:
-    """No values of channels that may go left PyTorch on a way that the trace did not watch."""
+def _stays(found: list[tuple[Tensor, Reason]], tracer: Tracer, graph: ChannelGraph) -> None:
+    """Nothing is found to protect that may go by the graph: no values that leave PyTorch on a way
+    that the trace did not watch, no operations that the model has had only since then."""
     free = torch.zeros(graph.units + 1, dtype=torch.bool)
     for group in graph.prunable:
         free[group.start : group.start + group.size] = True
-    for ids, reason in tracer.left:
+    for ids, reason in found:
         units = graph.unit_of[ids.reshape(-1)]
         if free[units].any():
             remedy = "Protect these channels with trace(..., protect=...)"

@@ -13,7 +13,7 @@ from .labels import Cut, Labels, Norm, Product, Reason, Record, Slot
 class Findings:
     """The findings so far, and which operation runs now, in which module.
 
-    If the labels are `given`, nothing is united or protected, and only the records count.
+    If the labels are `given`, nothing is united, and the records count.
     """
 
     def __init__(self, given: bool):
@@ -59,9 +59,8 @@ class Findings:
     def pin(self, labels: Iterable[Labels] | Tensor, why: str) -> None:
         """Protect channels."""
         found = [labels] if isinstance(labels, Tensor) else [m.ids for m in labels]
-        if found and not self.given:
-            reason = Reason(why, self.operation, self.module)
-            self.pins += [(ids, reason) for ids in found]
+        reason = Reason(why, self.operation, self.module)
+        self.pins += [(ids, reason) for ids in found]
 
     def cut(
         self,

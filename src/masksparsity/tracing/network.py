@@ -67,7 +67,7 @@ def shadow(model: nn.Module) -> Iterator[nn.Module]:
     """A copy that shares parameters and buffers, for users' code to run on: what it keeps in
     objects, generators and arrays is left alone. Of libraries' code, which keeps little, and of
     what cannot be copied, the model itself."""
-    if not of_users(model.modules()):
+    if not of_users(model):
         yield model
         return
     try:
@@ -83,6 +83,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """While copies of it run: their hooks may hold it."""
     with unchanged(model.modules()), evaluating(model.modules()):
         yield
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode for runs of the model itself: what they write into it is undone."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    try:
+        with unchanged(model.modules()), in_mode(model.modules()):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
 
 
 def kept_by(modules: Iterable[nn.Module]) -> list[Tensor]:
@@ -119,7 +133,9 @@ def _items(container: Any) -> Iterable[Any]:
 
 
 def arguments(example_inputs: Any) -> tuple[tuple, dict]:
-    """A tensor, a tuple or list of positional inputs, or a dict of keyword inputs."""
+    """A tensor, a tuple or list of positional inputs, or a dict of keyword inputs. Tensors of a
+    class that only carries something along, as image libraries have them, as tensors."""
+    example_inputs = tree_map(_plain, example_inputs)
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, (tuple, list)):
@@ -129,6 +145,11 @@ def arguments(example_inputs: Any) -> tuple[tuple, dict]:
             f"example_inputs: a tensor, a tuple or a dict, not {type(example_inputs).__name__}"
         )
     return (example_inputs,), {}
+
+
+def _plain(x: Any) -> Any:
+    carries = isinstance(x, Tensor) and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return x.as_subclass(Tensor) if carries and type(x) not in (Tensor, nn.Parameter) else x
 
 
 def like(example: tuple[tuple, dict], model: nn.Module) -> tuple[tuple, dict]:
@@ -145,26 +166,21 @@ def like(example: tuple[tuple, dict], model: nn.Module) -> tuple[tuple, dict]:
     return tree_map(move, example)
 
 
-def of_users(modules: Iterable[nn.Module]) -> bool:
-    """Whether there is code that may do other things in train mode, such as return features. That
-    of libraries asks for the sake of dropout, and of auxiliary heads, whose parameters tell."""
-    return any(not kind.__module__.startswith(LIBRARIES) for kind in {type(m) for m in modules})
-
-
-LIBRARIES = ("torch.nn.", "torchvision.", "timm.", "masksparsity.")  # scripts are users' code
-
-
-def made_up_will_do(model: nn.Module) -> bool:
-    """Whether none of the code that runs in forward is a user's, who may look at values."""
+def of_users(model: nn.Module) -> bool:
+    """Whether code that runs in forward is not a library's: it may look at values, and do other
+    things in train mode, such as return features. That of libraries asks for the mode for the sake
+    of dropout, and of auxiliary heads, whose parameters tell."""
     modules = [*model.modules()]
-    return not (
-        of_users(modules)
+    return (
+        any(not kind.__module__.startswith(LIBRARIES) for kind in {type(m) for m in modules})
         or nn.modules.module._has_any_global_hook()
-        or any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
+        or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        or any(_is_users(vars(m)["forward"]) for m in modules if "forward" in vars(m))
         or any(_is_users(v) for m in modules for v in vars(m).values() if type(v) in _FUNCTIONS)
     )
 
 
+LIBRARIES = ("torch.nn.", "torchvision.", "timm.", "masksparsity.")  # scripts are users' code
 _FUNCTIONS = (FunctionType, MethodType, functools.partial)
 
 

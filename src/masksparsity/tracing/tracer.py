@@ -235,7 +235,7 @@ class Tracer(Findings):
 
     def _sum(self, m: Labels, by: frozenset[Slot] = NOTHING) -> None:
         self.expose([m])
-        if m.clean or self.given:
+        if m.clean:
             return
         if by and m.finite and all(map(self._labelled, by)):
             self.shut |= by
