@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import MethodType
 
 import pytest
@@ -109,3 +110,51 @@ def test_what_forward_does_only_since_the_trace_is_not_believed():
     keep = ms.select.uniform(graph, ms.scores.norm(model, graph), 0.5)
     with pytest.raises(ms.MaskSparsityError, match="reduced over channels"):
         ms.prune(model, graph, keep)
+
+
+class Threaded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = layers()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(self.layers, x).result()
+
+
+def test_layers_in_another_thread_are_refused():
+    with pytest.raises(ms.MaskSparsityError, match=r"layers runs in a thread of its own"):
+        ms.trace(Threaded(), X)
+
+
+def test_models_are_traced_in_several_threads():
+    models = [layers() for _ in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        graphs = list(pool.map(lambda model: ms.trace(model, X), models))
+    assert [len(graph.prunable) for graph in graphs] == [2] * 8
+
+
+class Teacher(nn.Conv2d):
+    def __deepcopy__(self, memo: dict) -> nn.Module:
+        return self
+
+
+def test_what_cannot_be_copied_is_not_written_to():
+    model = nn.Sequential(Teacher(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    graph, before = ms.trace(model, X), model[0].weight.clone()
+    keep = ms.select.uniform(graph, ms.scores.norm(model, graph), 0.5)
+    for use in (ms.apply_mask, ms.prune):
+        with pytest.raises(ms.MaskSparsityError, match=r"a copy has the same 0\.weight|its size"):
+            use(model, graph, keep)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_mistaken_arguments_are_named():
+    model = layers()
+    graph = ms.trace(model, X)
+    with pytest.raises(ms.MaskSparsityError, match=r"expected an nn\.Module, got a function"):
+        ms.trace(lambda x: x, X)
+    with pytest.raises(ms.MaskSparsityError, match="expected a KeepMask, got a dict"):
+        ms.prune(model, graph, {"0": torch.ones(8) > 0})
+    with pytest.raises(ms.MaskSparsityError, match="batches of"):
+        ms.scores.taylor(ms.models.create("resnet20"), ms.trace(ms.models.create("resnet20"), X), X)

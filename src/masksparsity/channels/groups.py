@@ -164,6 +164,10 @@ class ChannelGraph:
     def check(self, model: nn.Module, keep: Kept | None = None) -> None:
         """Refuse a model of another shape than the traced one, naming the first difference, and a
         mask of another graph."""
+        if not hasattr(keep, "kept") and keep is not None:
+            raise MaskSparsityError(
+                f"expected a KeepMask, got a {type(keep).__name__}: KeepMask(graph, ...) makes one"
+            )
         shapes = {name: tensor.shape for name, tensor in named_tensors(unwrap(model))}
         for name in {**self.shapes, **shapes}:
             if shapes.get(name) != self.shapes.get(name):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MaskSparsityError
-from ..tracing.network import untouched, unwrap
+from ..tracing.network import named_tensors, untouched, unwrap
 from .groups import ChannelGraph
 
 Scores = dict[str, Tensor]
@@ -38,8 +38,8 @@ def norm(model: nn.Module, graph: ChannelGraph, p: float = 1, reduce: str = "mea
     tensors = _tensors(model, graph)
     parts = {}
     for name, axis in sorted(graph.producers):
-        weight = tensors.get(name)  # no buffers
-        if weight is not None and weight.ndim > 1:
+        weight = tensors[name]
+        if isinstance(weight, nn.Parameter) and weight.ndim > 1:
             size = weight.detach().movedim(axis, 0).flatten(1).float().norm(p=p, dim=1)
             parts[name, axis] = size / size.mean().clamp_min(torch.finfo(torch.float32).tiny)
     return _collect(graph, parts, reduce)
@@ -69,7 +69,10 @@ def taylor(
     measured = False
     total = {name: torch.zeros_like(scale) for name, scale in scales.items()}
     with untouched(model):
-        for images, labels in batches:
+        for batch in batches:
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise MaskSparsityError("scores.taylor takes batches of (images, labels)")
+            images, labels = batch
             measured = True
             with torch.enable_grad():
                 value = loss(model(images), labels)
@@ -100,4 +103,4 @@ def _collect(graph: ChannelGraph, parts: dict[tuple[str, int], Tensor], reduce: 
 
 def _tensors(model: nn.Module, graph: ChannelGraph) -> dict[str, Tensor]:
     graph.check(model)
-    return dict(unwrap(model).named_parameters())
+    return dict(named_tensors(unwrap(model)))

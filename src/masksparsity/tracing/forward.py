@@ -31,7 +31,7 @@ from .places import PLACING
 from .rules import SIZED
 from .standin import CONVOLUTION, stand_in
 from .tracer import Rule, Tracer
-from .watch import Calls, arrivals, assignments, escapes, inference_mode_off, module_stack
+from .watch import ALONE, Calls, arrivals, assignments, escapes, inference_mode_off, module_stack
 from .writing import values_of
 
 _EMPTY = torch.ops.aten.empty.memory_format
@@ -141,7 +141,7 @@ def run(
     """One forward without gradients; model, RNG and mode stay as they were. May it, in training,
     take another way next time?"""
     tracer.decided = False
-    with contextlib.ExitStack() as stack, unchanged(tracer.modules.values()) as held:
+    with ALONE, contextlib.ExitStack() as stack, unchanged(tracer.modules.values()) as held:
         tracer.memory.kept = [x for x in held if id(x) not in tracer.names]
         stack.callback(tracer.memory.restore)
         tracer.memory.inputs = [*tensors_in((args, kwargs))]

@@ -36,6 +36,8 @@ def tensors_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The network inside data-parallel wrappers and `torch.compile`, which share its tensors."""
+    if not isinstance(model, nn.Module):
+        raise MaskSparsityError(f"expected an nn.Module, got a {type(model).__name__}")
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -47,7 +49,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy, also of a model that keeps tensors with a history, such as caches."""
-    memo = dict(memo or {})
+    apart, memo = memo is None, dict(memo or {})
     for tensor in kept_by(model.modules()):
         if not tensor.is_leaf:
             memo.setdefault(id(tensor), tensor.detach().clone())
@@ -55,11 +57,17 @@ def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
         if extents(buffer) != [*buffer.shape]:  # expanded: one value cannot become zero alone
             memo.setdefault(id(buffer), buffer.clone(memory_format=torch.contiguous_format))
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise MaskSparsityError(
             f"the model cannot be copied, as pruning has to: {type(error).__name__}: {error}"
         ) from error
+    own = {id(tensor) for _, tensor in named_tensors(model)} if apart else ()
+    if shared := next((name for name, x in named_tensors(copied) if id(x) in own), None):
+        raise MaskSparsityError(
+            f"the model cannot be copied, as pruning has to: a copy has the same {shared}"
+        )
+    return copied
 
 
 @contextlib.contextmanager

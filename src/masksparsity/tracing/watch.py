@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..errors import MaskSparsityError
 from .labels import Reason
 from .memory import root
 from .tracer import Tracer
@@ -22,7 +23,7 @@ _WAYS_OUT = (
 _WAYS_IN = ("from_numpy", "as_tensor", "asarray", "frombuffer", "from_dlpack")
 _LEAVING = frozenset(getattr(Tensor, name) for name in _WAYS_OUT)
 LEFT = "values leave PyTorch"
-_ALONE = threading.RLock()  # patches are the whole process's: one forward at a time has them
+ALONE = threading.RLock()  # hooks and patches are the whole process's: one forward has them
 
 
 @contextlib.contextmanager
@@ -53,7 +54,7 @@ def escapes(tracer: Tracer) -> Iterator[None]:
                 tracer.pin(over, "attention divides by the width")
         return attention(*args, **kwargs)
 
-    with _ALONE, contextlib.ExitStack() as patches:
+    with ALONE, contextlib.ExitStack() as patches:
         for name in _WAYS_OUT:
             patches.enter_context(_patched(Tensor, name, leave))
         patches.enter_context(_patched(F, "scaled_dot_product_attention", attend))
@@ -69,7 +70,7 @@ def arrivals(tracer: Tracer) -> Iterator[None]:
         tracer.suspect(out)
         return out
 
-    with _ALONE, contextlib.ExitStack() as patches:
+    with ALONE, contextlib.ExitStack() as patches:
         for name in _WAYS_IN:
             patches.enter_context(_patched(torch, name, arrive))
         yield
@@ -93,7 +94,7 @@ def assignments(tracer: Tracer) -> Iterator[None]:
         tracer.memory.spare(x)
         data.__set__(x, other)
 
-    with _ALONE, contextlib.ExitStack() as patches:
+    with ALONE, contextlib.ExitStack() as patches:
         patches.callback(delattr, Tensor, "data")
         Tensor.data = property(data.__get__, assign)  # type: ignore[assignment]
         yield
@@ -111,7 +112,7 @@ _data_ptr = torch._C.TensorBase.data_ptr
 @contextlib.contextmanager
 def inference_mode_off() -> Iterator[None]:
     """Code that enters it runs without, as operations would arrive undivided."""
-    with _ALONE, contextlib.ExitStack() as patches:
+    with ALONE, contextlib.ExitStack() as patches:
         for name in ("__enter__", "__exit__"):
             patches.enter_context(_patched(torch.inference_mode, name, lambda *_: None))
         yield
@@ -159,14 +160,24 @@ class Calls(TorchFunctionMode):
 
 @contextlib.contextmanager
 def module_stack(tracer: Tracer) -> Iterator[None]:
-    """Keeps the path of the running module on `tracer.stack`."""
-    stack, paths = tracer.stack, tracer.paths
+    """Keeps the path of the running module on `tracer.stack`.
+
+    Raises:
+        MaskSparsityError: modules ran in another thread, where no operation is seen.
+    """
+    stack, paths, here = tracer.stack, tracer.paths, threading.get_ident()
+    elsewhere: list[str] = []
 
     def enter(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() != here:
+            elsewhere.extend(paths[key] for key in [id(module)] if key in paths)
+            return
         stack.append(paths.get(id(module), stack[-1]))
         tracer.failed = None
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
+        if threading.get_ident() != here:
+            return
         path = stack.pop()
         if out is None and tracer.failed is None:  # how `always_call` tells of an exception
             tracer.failed = path
@@ -180,3 +191,8 @@ def module_stack(tracer: Tracer) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+    if elsewhere:
+        raise MaskSparsityError(
+            f"{elsewhere[0]} runs in a thread of its own, where its operations cannot be seen: to "
+            "prune, run it in that of forward"
+        )
