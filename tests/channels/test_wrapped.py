@@ -158,3 +158,42 @@ def test_mistaken_arguments_are_named():
         ms.prune(model, graph, {"0": torch.ones(8) > 0})
     with pytest.raises(ms.MaskSparsityError, match="batches of"):
         ms.scores.taylor(ms.models.create("resnet20"), ms.trace(ms.models.create("resnet20"), X), X)
+
+
+class Features(nn.Module):
+    """A hook that holds the module, as feature extractors have it; a forward wrapped in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.kept = layers(), {}
+        self.layers[1].register_forward_hook(lambda m, _, out: self.kept.__setitem__("relu", out))
+        plain = self.layers[2].forward
+        self.layers[2].forward = lambda x, times=self.times: times() * plain(x)
+
+    def times(self) -> float:
+        return 2.0 if self.kept else 0.0
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.kept.clear()
+        return self.layers(x), self.kept["relu"].mean((2, 3))
+
+
+def test_functions_that_hold_the_model_hold_the_copy_in_a_copy():
+    model = Features().eval()
+    graph = ms.trace(model, X)
+    assert [g.name for g in graph.prunable] == ["layers.2"]
+    keep = ms.select.uniform(graph, ms.scores.norm(model, graph), 0.5)
+    masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
+    for a, b in zip(masked(X), slim(X), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert not model.kept
+    assert slim.kept
+
+
+def test_a_compiled_forward_is_looked_into():
+    model = layers()
+    model.forward = torch.compile(model.forward, backend="eager")
+    graph = ms.trace(model, X)
+    assert [g.name for g in graph.prunable] == ["0", "2"]
+    keep = ms.select.uniform(graph, ms.scores.norm(model, graph), 0.5)
+    assert ms.prune(model, graph, keep)(X).shape == (2, 2)
