@@ -8,6 +8,7 @@ from types import MethodType
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import masksparsity as ms
@@ -197,3 +198,19 @@ def test_a_compiled_forward_is_looked_into():
     assert [g.name for g in graph.prunable] == ["0", "2"]
     keep = ms.select.uniform(graph, ms.scores.norm(model, graph), 0.5)
     assert ms.prune(model, graph, keep)(X).shape == (2, 2)
+
+
+def test_a_trace_inside_of_autocast_sees_the_weights():
+    model = layers()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(X)  # casts of the weights are kept by now
+        assert [g.name for g in ms.trace(model, X).prunable] == ["0", "2"]
+
+
+def test_weights_pruned_one_by_one_are_as_slim_as_what_they_are_made_of():
+    model = layers()
+    nn.utils.prune.l1_unstructured(model[2], "weight", amount=0.4)
+    graph = ms.trace(model, X)
+    slim = ms.prune(model, graph, ms.select.uniform(graph, ms.scores.norm(model, graph), 0.5))
+    assert slim[2].weight.shape == slim[2].weight_orig.shape == (4, 4, 3, 3)
+    nn.utils.prune.l1_unstructured(slim[2], "weight", amount=0.4)

@@ -5,11 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import MaskSparsityError
 from ..tracing.network import duplicate, evaluating, named_tensors
 from .silence import silence
+
+_COMPUTING = (WeightNorm, BasePruningMethod)
+"""Hooks that compute a weight before each forward."""
 
 
 def kept_part(tensor: Tensor, axes: list[tuple[int, Tensor]]) -> Tensor:
@@ -40,11 +44,11 @@ def rebuild(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         raise MaskSparsityError(f"{fixed[0]} keeps its size in a copy of the model: protect it")
     pairs = [*zip(model.modules(), slim.modules(), strict=True)]
     # A weight that is read in train mode may take a step, as spectral_norm does.
-    with evaluating([module for pair in pairs for module in pair]):
+    with evaluating([module for pair in pairs for module in pair]), torch.no_grad():
         for before, after in pairs:
             for hook in after._forward_pre_hooks.values():
-                if isinstance(hook, WeightNorm):  # a weight computed before each forward
-                    setattr(after, hook.name, hook.compute_weight(after).detach())
+                if isinstance(hook, _COMPUTING):
+                    hook(after, ())
             fix = next((ATTRIBUTES[t] for t in type(after).__mro__ if t in ATTRIBUTES), None)
             if fix is not None:
                 fix(before, after)

@@ -146,6 +146,7 @@ def run(
         stack.callback(tracer.memory.restore)
         tracer.memory.inputs = [*tensors_in((args, kwargs))]
         tracer.sources.begin(tracer.modules, bool(tracer.memory.kept), tracer.memory.inputs)
+        torch.clear_autocast_cache()  # whose copies of weights were made unseen
         with (
             evaluating(tracer.modules.values(), training, seed) as drawn,
             eager(),
