@@ -19,10 +19,10 @@ class ScheduledDecay(Penalty):
     """Masked channels to exactly zero within `steps` optimizer steps.
 
     Scales, shifts, the filters of producers without a norm, and weights that read channels where
-    zero does not stay zero (`graph.exposed`) are capped, after each step, at a
-    share of the magnitude they had when this object was made; so are buffers that make channels,
-    as those of FrozenBatchNorm2d do. Removal is exact from then on, with nothing to absorb.
-    Momentum of what is zero is cleared.
+    zero does not stay zero (`graph.exposed`) are capped, after each step, at a share of the
+    magnitude they had when this object was made; so are buffers that make channels, as those of
+    FrozenBatchNorm2d do. Removal is exact from then on, with nothing to absorb. Momentum of what
+    is zero is cleared.
 
     Args:
         span: share of the steps that one channel takes from its start to zero, linearly. The
