@@ -14,15 +14,9 @@ from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree
 
 from .errors import MaskSparsityError
 from .files import atomic
-from .tracing.network import (
-    arguments,
-    batch_size,
-    duplicate,
-    evaluating,
-    named_tensors,
-    untouched,
-    unwrap,
-)
+from .tracing.copies import duplicate
+from .tracing.network import arguments, batch_size, named_tensors, unwrap
+from .tracing.state import evaluating, untouched
 
 Inputs = tuple[tuple, dict]
 Run = Callable[[Inputs], list[Tensor]]

@@ -17,7 +17,8 @@ from .channels.groups import ChannelGraph
 from .channels.mask import KeepMask
 from .channels.surgery import remove
 from .errors import MaskSparsityError
-from .tracing.network import arguments, evaluating, like, untouched, unwrap
+from .tracing.network import arguments, like, unwrap
+from .tracing.state import evaluating, untouched
 
 
 class Profile(NamedTuple):

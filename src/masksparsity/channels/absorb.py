@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import MaskSparsityError
-from ..tracing.network import duplicate, evaluating, like, named_tensors, tensors_in
+from ..tracing.copies import duplicate
+from ..tracing.network import like, named_tensors, tensors_in
+from ..tracing.state import evaluating
 from .groups import ChannelGraph
 from .mask import KeepMask
 

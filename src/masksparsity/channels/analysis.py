@@ -9,16 +9,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import MaskSparsityError
+from ..tracing.copies import shadow
 from ..tracing.forward import run, run_training
 from ..tracing.labels import Reason, Slot
-from ..tracing.network import (
-    arguments,
-    batch_size,
-    named_tensors,
-    of_users,
-    shadow,
-    unwrap,
-)
+from ..tracing.network import arguments, batch_size, named_tensors, of_users, unwrap
 from ..tracing.recurrent import protect_units
 from ..tracing.rules import RULES
 from ..tracing.tracer import Rule, Tracer

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MaskSparsityError
-from ..tracing.network import arguments, in_mode
+from ..tracing.network import arguments
+from ..tracing.state import in_mode
 
 
 @torch.no_grad()

@@ -9,7 +9,9 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import MaskSparsityError
-from ..tracing.network import duplicate, evaluating, named_tensors
+from ..tracing.copies import duplicate
+from ..tracing.network import named_tensors
+from ..tracing.state import evaluating
 from .silence import silence
 
 _COMPUTING = (WeightNorm, BasePruningMethod)

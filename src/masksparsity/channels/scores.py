@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MaskSparsityError
-from ..tracing.network import named_tensors, untouched, unwrap
+from ..tracing.network import named_tensors, unwrap
+from ..tracing.state import untouched
 from .groups import ChannelGraph
 
 Scores = dict[str, Tensor]

@@ -11,16 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import MaskSparsityError
-from ..tracing.network import (
-    duplicate,
-    evaluating,
-    like,
-    named_tensors,
-    of_users,
-    tensors_in,
-    undisturbed,
-    unwrap,
-)
+from ..tracing.copies import duplicate
+from ..tracing.network import like, named_tensors, of_users, tensors_in, unwrap
+from ..tracing.state import evaluating, undisturbed
 from . import constraints as limits
 from .absorb import absorb as hand_over
 from .groups import ChannelGraph

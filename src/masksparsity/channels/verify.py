@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MaskSparsityError
+from ..tracing.copies import shadow
 from ..tracing.forward import run, run_training
 from ..tracing.labels import Reason, Record
-from ..tracing.network import like, shadow
+from ..tracing.network import like
 from ..tracing.tracer import Tracer
 from .groups import ChannelGraph
 from .mask import KeepMask

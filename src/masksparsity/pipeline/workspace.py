@@ -18,7 +18,9 @@ from masksparsity.data import create as create_data
 from masksparsity.errors import MaskSparsityError
 from masksparsity.pipeline.config import Config
 from masksparsity.pipeline.rundir import FILES, RunDir
-from masksparsity.tracing.network import evaluating, named_tensors, shadow
+from masksparsity.tracing.copies import shadow
+from masksparsity.tracing.network import named_tensors
+from masksparsity.tracing.state import evaluating
 from masksparsity.train import dist
 
 # Settings that change no number: a run may go on with others.

@@ -17,19 +17,12 @@ from torch.utils._pytree import tree_flatten, tree_map
 from .caches import computed_anew
 from .findings import aside, numbers
 from .memory import root
-from .network import (
-    at_least_two,
-    eager,
-    evaluating,
-    fused_attention_off,
-    kept_by,
-    tensors_in,
-    unchanged,
-)
+from .network import at_least_two, tensors_in
 from .origins import VIEWS
 from .places import PLACING
 from .rules import SIZED
 from .standin import CONVOLUTION, stand_in
+from .state import eager, evaluating, fused_attention_off, kept_by, unchanged
 from .tracer import Rule, Tracer
 from .watch import ALONE, Calls, arrivals, assignments, escapes, inference_mode_off, module_stack
 from .writing import values_of

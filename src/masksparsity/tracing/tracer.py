@@ -17,8 +17,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 from .findings import Findings
 from .labels import ANONYMOUS, NOTHING, Labels, Reason, Slot
 from .memory import Memory, is_viewed, root
-from .network import kept_by, tensors_in, tensors_of
+from .network import tensors_in, tensors_of
 from .origins import ORIGIN, WRITTEN, Origins
+from .state import kept_by
 
 _DECIDING = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
 _LABELS = "_masksparsity_labels"

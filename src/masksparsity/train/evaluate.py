@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from masksparsity.data import Loader
-from masksparsity.tracing.network import in_mode
+from masksparsity.tracing.state import in_mode
 from masksparsity.train import dist
 
 
