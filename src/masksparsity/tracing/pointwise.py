@@ -48,13 +48,14 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
             result = [Labels(a.ids, a.axes, zero([a.clean, b.clean], args))]
         else:
             result = _merge(t, tensors, found, out, lambda flags: zero(flags, args), args)
-        finite = all(m.finite for m in labels)
+        finite = all([m.finite for m in labels])
         if op in _POLES:
             finite &= all(m.clean for m in t.labels(_POLES[op](args)))
         if op in _FACTORS and not t.given and result and _unbounded(t, op, args, kwargs):
             result = [m._replace(clean=False) for m in result]
             finite = False
-        result = [m._replace(finite=m.clean or finite) for m in result]
+        if not finite:
+            result = [m._replace(finite=m.clean) for m in result]
         t.set(out, result, inplace)
 
     return apply
