@@ -48,7 +48,7 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
             result = [Labels(a.ids, a.axes, zero([a.clean, b.clean], args))]
         else:
             result = _merge(t, tensors, found, out, lambda flags: zero(flags, args), args)
-        finite = all([m.finite for m in labels])
+        finite = all(m.finite for m in labels)
         if op in _POLES:
             finite &= all(m.clean for m in t.labels(_POLES[op](args)))
         if op in _FACTORS and not t.given and result and _unbounded(t, op, args, kwargs):
