@@ -73,9 +73,19 @@ def test_their_constants_can_be_absorbed_instead(absorb):
         ms.prune(silent, graph, keep)
 
 
+def test_a_depthwise_filter_between_them_and_a_norm_may_stay():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    graph = ms.trace(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sigmoid(), *layers), X)
+    assert [g.size for g in graph.prunable] == [8]
+    assert ("3.weight", 0) in graph.exposed
+    assert ("2.weight", 0) not in graph.exposed
+
+
 INFINITE = {
     "log": lambda s, x: torch.log(torch.sigmoid(x) - 0.5),
     "inverse": lambda s, x: 1 / (torch.sigmoid(x) - 0.5),
+    "behind a filter of its own": lambda s, x: s.d(1 / (x.exp() - 1)),
     "scaled to zero": lambda s, x: F.batch_norm(
         1 / (x.exp() - 1), None, None, s.n.weight, None, True
     ),
@@ -84,7 +94,9 @@ INFINITE = {
 
 @pytest.mark.parametrize("name", INFINITE)
 def test_infinities_are_not_multiplied_by_zero(name):
-    *_, graph = traced(lambda: Middle(INFINITE[name], n=nn.BatchNorm2d(8)))
+    *_, graph = traced(
+        lambda: Middle(INFINITE[name], n=nn.BatchNorm2d(8), d=nn.Conv2d(8, 8, 1, groups=8))
+    )
     assert not graph.by_name["a"].prunable
 
 

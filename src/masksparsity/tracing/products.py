@@ -21,9 +21,13 @@ def convolution(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace
     name = t.names.get(id(weight))
     if transposed and groups == shape[0] > shape[1] == 1 and name and not t.given:
         t.depthwise.add(name)
-    # Depthwise: an input channel is zero behind its own filter.
     alone = name in t.depthwise if transposed else groups > 1 and shape[1] == 1
-    ids, seen = t.consume(x, 1, weight, 0 if alone else into, ELSEWHERE)
+    if alone and name:  # depthwise: an input channel is zero behind its own filter
+        ids, seen = t.read(x, 1, ELSEWHERE)
+        t.expose([seen] if seen else [])
+        t.pin([seen] if seen and not seen.finite else [], "infinite at zero")
+    else:
+        ids, seen = t.consume(x, 1, weight, into, ELSEWHERE)
     how = str(args[3:8])  # lists have no hash
     t.record((seen,) if seen else (), (how, *out.shape[2:], *(() if seen else x.shape[1:2])))
     inputs = ids  # of one group
