@@ -7,111 +7,15 @@ may, its units with the highest scores stay; of equal scores the first stay.
 
 import math
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 import torch
 
 from ..errors import MaskSparsityError
-from .groups import ChannelGraph, ChannelGroup
+from .groups import ChannelGraph
 from .mask import KeepMask
+from .ranking import Limits, Ranking, hint
 from .scores import Scores
-
-
-class Limits(TypedDict, total=False):
-    """Bounds of every choice."""
-
-    min_keep: int
-    """Units that every group keeps at least; 1 if not given. With 0 a whole branch may go, where
-    a path around it is left."""
-    round_to: int
-    """Groups keep a multiple of this many, where they are long enough; 1 if not given."""
-    ignore: tuple[str, ...]
-    """Groups, or prefixes of names of layers, to leave whole."""
-    max_pruned: float | Mapping[str, float]
-    """Share of its units that a group may lose, in [0, 1]; or the shares of some, by name like
-    `ignore`. Of several that fit a group the smallest counts."""
-
-
-class _Ranking:
-    """The units that may go, and how many of each group really do."""
-
-    def __init__(
-        self,
-        graph: ChannelGraph,
-        scores: Scores,
-        kept: KeepMask | None = None,
-        /,
-        *,
-        min_keep: int = 1,
-        round_to: int = 1,
-        ignore: tuple[str, ...] = (),
-        max_pruned: float | Mapping[str, float] = 1.0,
-        **unknown: object,
-    ):
-        for name in unknown:
-            raise MaskSparsityError(f"a selector takes no {name}{_hint(name)}")
-        if graph.prunable and not scores:
-            raise MaskSparsityError("no channel group has a score; scores.norm scores all filters")
-        ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-        if min_keep < 0 or round_to < 1:
-            raise MaskSparsityError("min_keep is at least 0, round_to at least 1")
-        shares = dict(max_pruned) if isinstance(max_pruned, Mapping) else {"": max_pruned}
-        shares |= dict.fromkeys(ignore, 0.0)
-        for name in (*scores, *shares):
-            known = graph.by_name if name in scores else _modules(graph)
-            if name not in known:
-                raise MaskSparsityError(
-                    f"no layer or channel group named {name!r} in this model; "
-                    "print(graph) lists the groups"
-                )
-        for name, share in shares.items():
-            if not 0 <= share <= 1:
-                raise MaskSparsityError(f"max_pruned of {name or 'all'} is {share}: not in [0, 1]")
-        self.graph, self.round_to = graph, round_to
-        self.groups = [g for g in graph.prunable if g.name in scores]
-        self.least = {
-            g.name: max(
-                min(min_keep, g.size), g.size - math.floor(_share_of(g, graph, shares) * g.size)
-            )
-            for g in self.groups
-        }
-        self.groups = [g for g in self.groups if self.least[g.name] < g.size]
-        for group in self.groups:
-            values = scores[group.name]
-            if tuple(values.shape) != (group.size,) or not values.isfinite().all():
-                raise MaskSparsityError(
-                    f"scores of {group.name}: expected {group.size} finite numbers"
-                )
-        self.scores = {g.name: scores[g.name].double() for g in self.groups}
-        if kept is not None:  # what is gone already does not come back
-            lowest = torch.finfo(torch.float64).min
-            self.scores = {n: s.masked_fill(~kept[n], lowest) for n, s in self.scores.items()}
-        # Position of every unit among its group's, best first.
-        self.order = {
-            name: torch.argsort(torch.argsort(values, descending=True, stable=True))
-            for name, values in self.scores.items()
-        }
-
-    def keep(self, count: dict[str, int]) -> KeepMask:
-        """The mask that leaves about `count[group]` of each group's best units."""
-        kept = {}
-        for group in self.groups:
-            n = max(self.least[group.name], count[group.name])
-            kept[group.name] = self.order[group.name] < min(
-                group.size, math.ceil(n / self.round_to) * self.round_to
-            )
-        mask = KeepMask(self.graph, kept).repaired(self.scores)
-        while back := [n for n, k in kept.items() if not k.any() and mask[n].any()]:
-            kept |= {n: self.order[n] < self.round_to for n in back}
-            mask = KeepMask(self.graph, kept).repaired(self.scores)
-        while not mask.kept.all() and (unheard := self.graph.branches.unheard(mask.kept)).any():
-            names = [self.graph.groups[k].name for k in unheard.nonzero().flatten().tolist()]
-            useless = {name for name in names if self.least.get(name, 1) == 0}
-            if not useless:
-                break
-            mask = KeepMask(self.graph, {n: v & (n not in useless) for n, v in mask.items()})
-        return mask
 
 
 def threshold(
@@ -123,7 +27,7 @@ def threshold(
     """Units whose score is under `threshold` go (the original's rule and value)."""
     if math.isnan(threshold):
         raise MaskSparsityError("threshold=nan: expected a number")
-    ranking = _Ranking(graph, scores, **limits)
+    ranking = Ranking(graph, scores, **limits)
     kept = ranking.keep({n: int((s >= threshold).sum()) for n, s in ranking.scores.items()})
     return _from(kept, "threshold", threshold=threshold, **limits)
 
@@ -136,7 +40,7 @@ def optimal(
 ) -> KeepMask:
     """Optimal thresholding (arXiv 2003.04566): in every group the smallest scores go that together
     hold at most the share `energy` of the group's sum of squares."""
-    ranking = _Ranking(graph, scores, **limits)
+    ranking = Ranking(graph, scores, **limits)
     count = {}
     for name, values in ranking.scores.items():
         squares = values.double().sort().values ** 2
@@ -152,7 +56,7 @@ def uniform(
 ) -> KeepMask:
     """The same pruned fraction in every group, nearest number of units."""
     _share("fraction", fraction)
-    ranking = _Ranking(graph, scores, **limits)
+    ranking = Ranking(graph, scores, **limits)
     count = {g.name: g.size - math.floor(fraction * g.size + 0.5) for g in ranking.groups}
     return _from(ranking.keep(count), "uniform", fraction=fraction, **limits)
 
@@ -165,13 +69,10 @@ def fraction(
 ) -> KeepMask:
     """The lowest scores of the whole network go until this fraction of its units is pruned."""
     _share("fraction", fraction)
-    ranking = _Ranking(graph, scores, **limits)
-    counts, units = _nested(ranking)
+    ranking = Ranking(graph, scores, **limits)
     what = f"fraction={fraction}"
-    kept = ranking.keep(
-        _smallest(ranking, counts, units, lambda m: m.pruned_fraction, fraction, what, limits)
-    )
-    return _from(kept, "fraction", fraction=fraction, **limits)
+    count = _smallest(ranking, None, lambda mask: mask.pruned_fraction, fraction, what, limits)
+    return _from(ranking.keep(count), "fraction", fraction=fraction, **limits)
 
 
 def budget(
@@ -225,11 +126,10 @@ def budget(
         return 1 - measure(mask) / max(dense, 1e-12)
 
     for part in range(1, rounds + 1):
-        ranking = _Ranking(graph, scores(kept) if callable(scores) else scores, kept, **limits)
+        ranking = Ranking(graph, scores(kept) if callable(scores) else scores, kept, **limits)
         prices = _prices(ranking, measure, kept) if per_cost else None
-        counts, units = _nested(ranking, prices)
         goal = share * part / rounds
-        count = _smallest(ranking, counts, units, removed, goal, f"pruned_{what}={share}", limits)
+        count = _smallest(ranking, prices, removed, goal, f"pruned_{what}={share}", limits)
         if part == rounds and what != "latency":  # which is measured, and moves in jumps
             count = _refilled(ranking, count, prices, lambda mask: removed(mask) >= share)
         kept = ranking.keep(count)
@@ -248,7 +148,7 @@ def _asked(
     """The one cost of which a share is given."""
     asked = {what: (share, cost) for what, (share, cost) in costs.items() if share is not None}
     if len(asked) != 1:
-        unknown = "".join(f"; no {n}{_hint(n)}" for n in limits if n not in Limits.__annotations__)
+        unknown = "".join(f"; no {n}{hint(n)}" for n in limits if n not in Limits.__annotations__)
         raise MaskSparsityError(
             "give one budget: pruned_macs, pruned_params, or pruned_latency with latency" + unknown
         )
@@ -260,7 +160,7 @@ def _asked(
 
 
 def _prices(
-    ranking: _Ranking, measure: Callable[[KeepMask], float], kept: KeepMask
+    ranking: Ranking, measure: Callable[[KeepMask], float], kept: KeepMask
 ) -> dict[str, float]:
     """The cost that one unit of each group saves, the next to go."""
     now = measure(kept)
@@ -277,7 +177,7 @@ _Count = dict[str, int]
 
 
 def _nested(
-    ranking: _Ranking, prices: Mapping[str, float] | None = None
+    ranking: Ranking, prices: Mapping[str, float] | None
 ) -> tuple[Callable[[int], _Count], int]:
     """k -> what is left without the k units of lowest score, divided by their group's price if
     there are some; and how many units there are."""
@@ -300,15 +200,15 @@ def _nested(
 
 
 def _smallest(
-    ranking: _Ranking,
-    counts: Callable[[int], _Count],
-    units: int,
+    ranking: Ranking,
+    prices: Mapping[str, float] | None,
     removed: Callable[[KeepMask], float],
     goal: float,
     what: str,
     limits: Limits,
 ) -> _Count:
     """The first of a nested sequence of masks that removes as much as `goal`."""
+    counts, units = _nested(ranking, prices)
     most = removed(ranking.keep(counts(units)))
     if most < goal:
         raise MaskSparsityError(
@@ -324,7 +224,7 @@ def _smallest(
 
 
 def _refilled(
-    ranking: _Ranking,
+    ranking: Ranking,
     count: _Count,
     prices: Mapping[str, float] | None,
     met: Callable[[KeepMask], bool],
@@ -357,39 +257,6 @@ def _from(mask: KeepMask, selector: str, **settings: object) -> KeepMask:
     return mask
 
 
-def _hint(name: str) -> str:
-    """The end of a message: what `name` may have been meant to be."""
-    if name in _BUDGETS:
-        return "; select.budget does"
-    close = get_close_matches(name, [*Limits.__annotations__, *_BUDGETS], 1)
-    return f": did you mean {close[0]}?" if close else ""
-
-
-_BUDGETS = ("pruned_macs", "pruned_params", "pruned_latency")
-
-
 def _share(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise MaskSparsityError(f"{name}={value}: expected a share of what there is, in [0, 1)")
-
-
-def _modules(graph: ChannelGraph) -> set[str]:
-    """All names and prefixes of names in the graph, the empty one included."""
-    names = {""}
-    for name in (*graph.shapes, *graph.by_name):
-        parts = name.split(".")
-        names |= {".".join(parts[: k + 1]) for k in range(len(parts))}
-    return names
-
-
-def _share_of(group: ChannelGroup, graph: ChannelGraph, shares: Mapping[str, float]) -> float:
-    """The smallest of the shares whose names fit the group or a layer that makes its channels."""
-    slices = group.slices if any(shares) else ()  # they cost a search
-    makers = [s.tensor for s in slices if (s.tensor, s.axis) in graph.producers]
-    names = [f".{name}." for name in (group.name, *makers)]
-    fitting = [
-        share
-        for prefix, share in shares.items()
-        if any(name.startswith(f".{prefix}." if prefix else ".") for name in names)
-    ]
-    return min(fitting, default=1.0)
