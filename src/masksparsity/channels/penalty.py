@@ -110,8 +110,7 @@ class Penalty(ABC):
 
     def attach(self, optimizer: Optimizer) -> None:
         """Act at every step of `optimizer` until `detach`, or until `prune` gives it to the slim
-        model. Schedulers, AMP, accumulation and DDP
-        need nothing more."""
+        model. Schedulers, AMP, accumulation and DDP need nothing more."""
         self.detach()
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = inner  # Accelerate's wrapper takes no hooks

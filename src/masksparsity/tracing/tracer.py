@@ -135,7 +135,7 @@ class Tracer(Findings):
             setattr(out, _LABELS, (self.token, labels))
 
     def suspect(self, tensor: Tensor) -> None:
-        """It may be filled by no operation: the proof compares its values where it is read."""
+        """Code outside of PyTorch may fill it: the proof compares its values where it is read."""
         if tensor.layout == torch.strided:
             self.suspects[id(root(tensor))] = root(tensor)
 
