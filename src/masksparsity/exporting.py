@@ -15,7 +15,7 @@ from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree
 from .errors import MaskSparsityError
 from .files import atomic
 from .tracing.copies import duplicate
-from .tracing.network import arguments, batch_size, named_tensors, unwrap
+from .tracing.network import arguments, batch_size, named_tensors, require_values, unwrap
 from .tracing.state import evaluating, untouched
 
 Inputs = tuple[tuple, dict]
@@ -142,6 +142,7 @@ _FORMATS: dict[str, Callable[[nn.Module, Inputs], tuple[bytes, Run | None]]] = {
 
 def _on_cpu(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
     """Kernels of a GPU would limit the batch, and sum in another order than the file's reader."""
+    require_values(model)
     if any(tensor.device.type != "cpu" for _, tensor in named_tensors(model)):
         model = duplicate(model).cpu()
     return model, tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, inputs)

@@ -1,5 +1,6 @@
 """What forward keeps and writes: a trace undoes it, and sees what the next forward reads."""
 
+import copy
 from collections import OrderedDict
 from random import Random
 from types import SimpleNamespace
@@ -290,3 +291,42 @@ def test_a_layer_that_is_made_in_the_first_forward_has_to_be_there():
     lazy = nn.Sequential(nn.LazyConv2d(8, 1), nn.Conv2d(8, 4, 1))
     with pytest.raises(ms.MaskSparsityError, match=r"0\.weight has no shape yet"):
         ms.trace(lazy, x)
+
+
+class Switch(nn.Conv2d):
+    """Its mode decides more than itself: a branch, and whether a correction is in the weight."""
+
+    def __init__(self, width: int):
+        super().__init__(width, 8, 1)
+        self.down, self.up = nn.Parameter(row(2, width)), nn.Parameter(row(8, 2))
+        self.merged = self.auxiliary = False
+
+    def train(self, mode: bool = True) -> "Switch":
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1) ** self.merged * (self.up @ self.down)[..., None, None]
+        self.merged, self.auxiliary = not mode, mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + x.flip(1) if self.auxiliary else y
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_a_mode_does_beside_itself_is_seen_and_undone(training):
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 8, 1), Switch(8), nn.ReLU(), Switch(8), nn.Conv2d(8, 2, 1))
+    model, x = layers.double().train(training), torch.randn(2, 3, 4, 4).double()
+    before = copy.deepcopy(model)
+    graph = ms.trace(model, x)
+    keep = ms.KeepMask(graph, {g.name: torch.arange(g.size) % 4 > 0 for g in graph.prunable})
+    keep = keep.repaired()
+    masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
+    for a, b in zip(before.modules(), model.modules(), strict=True):
+        assert getattr(a, "merged", None) == getattr(b, "merged", None)
+    for a, b in zip(before.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert graph.cost(keep).params < graph.cost().params
+    for mode in (True, False):
+        assert _distance(masked.train(mode)(x), slim.train(mode)(x)) <= TOLERANCE

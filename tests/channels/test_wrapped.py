@@ -1,6 +1,7 @@
 """Models in data-parallel wrappers and `torch.compile`: the network inside is meant."""
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import MethodType
@@ -148,6 +149,31 @@ def test_what_cannot_be_copied_is_not_written_to():
         with pytest.raises(ms.MaskSparsityError, match=r"a copy has the same 0\.weight|its size"):
             use(model, graph, keep)
     assert torch.equal(model[0].weight, before)
+
+
+def test_what_cannot_be_copied_is_named():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.ReLU()), nn.Conv2d(8, 4, 3))
+    model[1][0].lock = threading.Lock()
+    graph = ms.trace(model, X)
+    keep = ms.select.uniform(graph, ms.scores.norm(model, graph), 0.5)
+    with pytest.raises(ms.MaskSparsityError, match=r"lock' object \(in 1\.0\.lock\)"):
+        ms.prune(model, graph, keep)
+
+
+def test_a_model_without_values_is_pruned_but_not_run(tmp_path):
+    with torch.device("meta"):
+        model, x = ms.models.create("resnet20", width=4), torch.empty(2, 3, 16, 16)
+    graph = ms.trace(model, x)
+    keep = ms.KeepMask(graph, {g.name: torch.arange(g.size) % 2 == 0 for g in graph.prunable})
+    slim = ms.prune(model, graph, keep)
+    assert sum(p.numel() for p in slim.parameters()) == graph.cost(keep).params
+    for run in (
+        lambda: ms.scores.norm(model, graph),
+        lambda: ms.profile(model, x),
+        lambda: ms.export(model, x, tmp_path / "m.pt2"),
+    ):
+        with pytest.raises(ms.MaskSparsityError, match=r"conv1\.weight is on the meta device"):
+            run()
 
 
 def test_mistaken_arguments_are_named():

@@ -1,3 +1,4 @@
+import copy
 import json
 import pickle
 
@@ -74,6 +75,22 @@ def test_an_archive_rebuilds_the_slim_model(bound, tmp_path):
         again.load_state_dict(slim.state_dict())
         ms.prune(again, *_half(again, x))  # a slim model can be pruned again
     assert model.layer1[0].conv1.out_channels == 16
+
+
+def test_a_graph_and_its_mask_can_be_pickled(bound):
+    model, _, keep, x = bound
+    graph, again = pickle.loads(pickle.dumps((ms.trace(model, x), keep)))
+    slim = ms.prune(model, graph, ms.KeepMask(graph, dict(again)))
+    with torch.no_grad():
+        assert torch.equal(slim(x), ms.prune(model, keep.graph, keep)(x))
+
+
+def test_an_archive_takes_the_memory_format_of_the_dense_model(bound, tmp_path):
+    model, graph, keep, _ = bound
+    ms.save(ms.prune(model, graph, keep), tmp_path / "slim.safetensors")
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    again = ms.load(tmp_path / "slim.safetensors", model).layer1[0].conv1.weight
+    assert again.is_contiguous(memory_format=torch.channels_last)
 
 
 def _half(model, x):

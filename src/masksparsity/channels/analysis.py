@@ -51,8 +51,8 @@ def trace(
 
     The model, its mode and the random state stay as they were. Inside DistributedDataParallel and
     `torch.compile` the bare network is traced. Ways that code takes only for other inputs, later in
-    training, where gradients are on, or after a `train()` that does more than set the mode are not
-    seen: choose an example that takes them, or `protect`.
+    training, or where gradients are on are not seen: choose an example that takes them, or
+    `protect`.
     """
     args, kwargs = arguments(example_inputs)
     protect = (protect,) if isinstance(protect, str) else tuple(protect)

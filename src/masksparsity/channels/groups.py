@@ -117,6 +117,7 @@ class ChannelGraph:
     made_up: bool
     """It was traced without computing convolutions, no value having mattered."""
     rules: Mapping[str, Rule]
+    """Those of the caller, beside the table."""
 
     @cached_property
     def by_name(self) -> dict[str, ChannelGroup]:

@@ -23,10 +23,15 @@ def kept_part(tensor: Tensor, axes: list[tuple[int, Tensor]]) -> Tensor:
     out = tensor
     for axis, index in axes:
         out = out.index_select(axis, index.to(tensor.device))
+    return formatted(out, tensor)
+
+
+def formatted(new: Tensor, old: Tensor) -> Tensor:
+    """In the memory format of `old`."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}
-    if tensor.ndim in last and not tensor.is_contiguous():
-        out = out.contiguous(memory_format=last[tensor.ndim])
-    return out
+    if old.ndim in last and not old.is_contiguous():
+        return new.contiguous(memory_format=last[old.ndim])
+    return new
 
 
 def rebuild(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

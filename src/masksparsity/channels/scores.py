@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MaskSparsityError
-from ..tracing.network import named_tensors, unwrap
+from ..tracing.network import named_tensors, require_values, unwrap
 from ..tracing.state import untouched
 from .groups import ChannelGraph
 
@@ -104,4 +104,5 @@ def _collect(graph: ChannelGraph, parts: dict[tuple[str, int], Tensor], reduce: 
 
 def _tensors(model: nn.Module, graph: ChannelGraph) -> dict[str, Tensor]:
     graph.check(model)
+    require_values(model)
     return dict(named_tensors(unwrap(model)))

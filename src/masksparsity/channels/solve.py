@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..tracing.labels import ANONYMOUS, Cut, Reason, Slot
+from ..tracing.rules import RULES
 from ..tracing.tracer import Tracer
 from . import constraints as limits
 from .cost import Layer
@@ -76,7 +77,7 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
         example=example,
         depthwise=frozenset(tracer.depthwise),
         made_up=tracer.made_up,
-        rules=tracer.rules,
+        rules={name: r for name, r in tracer.rules.items() if r is not RULES.get(name)},
     )
 
 

@@ -87,7 +87,7 @@ def already_zero(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> bool:
         gone = (~keep.slot(name, axis)).nonzero().squeeze(1)
         values = tensors[name].detach()
         values = values.index_select(axis, gone.to(values.device))
-        found += [values.abs().max().float()] if values.numel() else []
+        found += [values.abs().max().float()] if values.numel() and not values.is_meta else []
     return not found or float(torch.stack(found).max()) <= _ZERO
 
 

@@ -18,6 +18,7 @@ from ..tracing.copies import shadow
 from ..tracing.forward import run, run_training
 from ..tracing.labels import Reason, Record
 from ..tracing.network import like
+from ..tracing.rules import RULES
 from ..tracing.tracer import Tracer
 from .groups import ChannelGraph
 from .mask import KeepMask
@@ -51,7 +52,7 @@ def records_now(model: nn.Module, graph: ChannelGraph) -> tuple[Record, ...]:
     Raises:
         MaskSparsityError: it reads parameters of another model in place of its own.
     """
-    tracer = Tracer(model, graph.rules, dict(graph.labels))
+    tracer = Tracer(model, {**RULES, **graph.rules}, dict(graph.labels))
     _replay(tracer, model, graph)
     unread = sorted({*tracer.untouched()} - {*graph.unused})
     if unread and tracer.foreign:
@@ -87,7 +88,7 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask, made_up: bool = 
     given = {slot: labels[stays[labels]] for slot, labels in graph.labels.items()}
     failure = None
     with shadow(slim) as net:
-        tracer = Tracer(net, graph.rules, given, made_up)
+        tracer = Tracer(net, {**RULES, **graph.rules}, given, made_up)
         try:
             _replay(tracer, net, graph)
         except Exception as error:

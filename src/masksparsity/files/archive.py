@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from masksparsity.channels.rebuild import rebuild
+from masksparsity.channels.rebuild import formatted, rebuild
 from masksparsity.channels.surgery import WRITTEN_DOWN
 from masksparsity.errors import MaskSparsityError
 from masksparsity.models.registry import Constructor, constructor
@@ -74,7 +74,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         own = dict(named_tensors(model))
         _check(own, stored)
         # Copies even where no axis changed: the slim model shares no memory with `model`.
-        slim = rebuild(model, stored)
+        slim = rebuild(model, {name: formatted(x, own[name]) for name, x in stored.items()})
         _write_down(slim, about["attributes"])
         _freeze(slim, about["frozen"])
         if _groups(slim) != about["groups"]:

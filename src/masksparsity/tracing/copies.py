@@ -32,6 +32,7 @@ def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     except Exception as error:
         raise MaskSparsityError(
             f"the model cannot be copied, as pruning has to: {type(error).__name__}: {error}"
+            f" (in {_uncopied(model, memo)})"
         ) from error
     own = {id(tensor) for _, tensor in named_tensors(model)} if apart else ()
     if shared := next((name for name, x in named_tensors(copied) if id(x) in own), None):
@@ -45,6 +46,17 @@ def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
         for held in tables:
             held.update({k: _rebound(v, memo) for k, v in held.items() if type(v) is FunctionType})
     return copied
+
+
+def _uncopied(model: nn.Module, memo: Mapping[int, Any]) -> str:
+    """The attribute, of the innermost module, that cannot be copied by itself."""
+    for name, module in reversed([*model.named_modules()]):
+        for attribute, value in vars(module).items():
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:
+                return f"{name}.{attribute}" if name else attribute
+    return "the model itself"
 
 
 def _rebound(held: Any, memo: Mapping[int, Any]) -> Any:

@@ -7,6 +7,8 @@ done again with real ones.
 
 import contextlib
 import functools
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -153,6 +155,8 @@ def run(
             inference_mode_off(),
             Operations(tracer),
         ):
+            if _switches(tracer.modules.values()):
+                model.train(training)
             out = model(*args, **kwargs)
             if _remembers(tracer):
                 products = len(tracer.products)
@@ -174,6 +178,13 @@ def run(
     for tensor in (*tensors_in((out, args, kwargs)), *tracer.memory.kept):
         tracer.forget(tensor)
     return random
+
+
+def _switches(modules: Iterable[nn.Module]) -> bool:
+    """Whether to set the mode does more in some module, as to merge weights; and not something
+    else altogether in another, as to train."""
+    ways = {kind.train for kind in {type(m) for m in modules}} - {nn.Module.train}
+    return bool(ways) and all("mode" in inspect.signature(way).parameters for way in ways)
 
 
 def _remembers(tracer: Tracer) -> bool:

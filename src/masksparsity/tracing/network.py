@@ -40,6 +40,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def require_values(model: nn.Module) -> None:
+    """Raises MaskSparsityError if a parameter or buffer is on the meta device."""
+    if empty := next((name for name, tensor in named_tensors(model) if tensor.is_meta), None):
+        raise MaskSparsityError(
+            f"{empty} is on the meta device and has no values: model.to_empty(device=...), then "
+            "load its weights; only trace, costs and prune need none"
+        )
+
+
 def arguments(example_inputs: Any) -> tuple[tuple, dict]:
     """A tensor, a tuple or list of positional inputs, or a dict of keyword inputs. Tensors of a
     class that only carries something along, as image libraries have them, as tensors."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .network import tensors_of
+from .network import require_values, tensors_of
 
 
 @contextlib.contextmanager
@@ -23,7 +23,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode for runs of the model itself: what they write into it is undone."""
+    """Eval mode for runs of the model itself: what they write into it is undone.
+
+    Raises:
+        MaskSparsityError: it has no values to run with.
+    """
+    require_values(model)
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     try:
         with unchanged(model.modules()), in_mode(model.modules()):
