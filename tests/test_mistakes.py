@@ -9,6 +9,7 @@ import pytest
 from masksparsity.errors import MaskSparsityError, RunFailure
 from masksparsity.pipeline import Config, Workspace, execute, run
 from masksparsity.pipeline.config import MaskConfig
+from masksparsity.pipeline.rundir import RunDir
 
 from .tiny import tiny
 
@@ -61,3 +62,16 @@ def test_a_mask_that_cannot_be_had_is_refused_before_any_training(tmp_path: Path
         with pytest.raises(MaskSparsityError, match=message):
             run(Workspace(tiny(mask=mask), tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_that_cannot_be_removed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "train").mkdir()
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(RunFailure, match=r"cannot remove .*train: Permission denied"):
+        RunDir(tmp_path).discard("train")
+    assert (tmp_path / "train").exists()

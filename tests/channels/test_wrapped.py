@@ -187,6 +187,29 @@ def test_mistaken_arguments_are_named():
         ms.scores.taylor(ms.models.create("resnet20"), ms.trace(ms.models.create("resnet20"), X), X)
 
 
+def test_numbers_that_cannot_be_meant_are_named():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)
+    )
+    graph = ms.trace(model, X)
+    keep = ms.select.uniform(graph, ms.scores.norm(model, graph), 0.5)
+    for kind in (ms.MaskedL1, ms.Proximal):
+        with pytest.raises(ms.MaskSparsityError, match="strength=inf"):
+            kind(model, graph, keep, strength=float("inf"))
+    with pytest.raises(ms.MaskSparsityError, match="steps=nan"):
+        ms.ScheduledDecay(model, graph, keep, steps=float("nan"))  # type: ignore[arg-type]
+    with pytest.raises(ms.MaskSparsityError, match="energy=2"):
+        ms.select.optimal(graph, ms.scores.norm(model, graph), 2)
+
+
+def test_a_mask_does_not_change_through_what_it_gives_out():
+    graph = ms.trace(layers(), X)
+    keep = ms.KeepMask(graph)
+    for name in keep:
+        keep[name][0] = False
+    assert keep == ms.KeepMask(graph)
+
+
 class Features(nn.Module):
     """A hook that holds the module, as feature extractors have it; a forward wrapped in another."""
 

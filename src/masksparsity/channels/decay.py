@@ -1,5 +1,6 @@
 """Masked channels to exactly zero by a given step, one after another."""
 
+import math
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class ScheduledDecay(Penalty):
     def __init__(
         self, model: nn.Module, graph: ChannelGraph, keep: KeepMask, steps: int, span: float = 0.25
     ):
-        if steps < 1:
+        if not 1 <= steps < math.inf:
             raise MaskSparsityError(f"steps={steps}: at least 1")
         if not 0 < span <= 1:
             raise MaskSparsityError(f"span={span}: a share of the steps, above 0 and up to 1")

@@ -54,9 +54,9 @@ class KeepMask(Mapping[str, Tensor]):
             self.units[group.start : group.start + group.size] = values
 
     def __getitem__(self, group: str) -> Tensor:
-        """bool [size] of one group."""
+        """bool [size] of one group; a copy, since masks do not change."""
         found = self.graph.by_name[group]
-        return self.units[found.start : found.start + found.size]
+        return self.units[found.start : found.start + found.size].clone()
 
     def __iter__(self) -> Iterator[str]:
         """Names of all groups, protected ones too."""

@@ -5,6 +5,7 @@ operations and one `torch._foreach_*` call however many layers there are. It rea
 the host, and leaves skipped steps of a GradScaler skipped.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from itertools import groupby
@@ -206,8 +207,8 @@ def _scale_slots(
 
 
 def _not_negative(strength: float) -> None:
-    if not strength >= 0:
-        raise MaskSparsityError(f"strength={strength}: at least 0")
+    if not 0 <= strength < math.inf:
+        raise MaskSparsityError(f"strength={strength}: at least 0, and finite")
 
 
 class MaskedL1(Penalty):

@@ -40,6 +40,7 @@ def optimal(
 ) -> KeepMask:
     """Optimal thresholding (arXiv 2003.04566): in every group the smallest scores go that together
     hold at most the share `energy` of the group's sum of squares."""
+    _share("energy", energy)
     ranking = Ranking(graph, scores, **limits)
     count = {}
     for name, values in ranking.scores.items():

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from masksparsity.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError, RunFailure
 from masksparsity.files import atomic
 from masksparsity.train.loop import CHECKPOINT, METRICS, read_metrics
 
@@ -68,7 +68,13 @@ class RunDir:
         trash = self.path / f".{stage}.discarded"
         shutil.rmtree(trash, ignore_errors=True)
         if self.folder(stage).exists():
-            self.folder(stage).rename(trash)
+            try:
+                self.folder(stage).rename(trash)
+            except OSError as error:
+                raise RunFailure(
+                    f"cannot remove {self.folder(stage)}: {error.strerror}; make it writable, or "
+                    "choose another place"
+                ) from error
         shutil.rmtree(trash, ignore_errors=True)
 
     def _read(self, stage: str, file: str, *needed: str) -> dict[str, Any]:

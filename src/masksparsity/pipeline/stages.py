@@ -88,7 +88,7 @@ def one_shot(work: Workspace, folder: Path) -> Result:
 
 
 def finetune(work: Workspace, folder: Path) -> Result:
-    """Train the slim network at a small rate."""
+    """Train the slim network on."""
     return _train(work, folder, _network(work, "finetune"), work.config.finetune)
 
 
