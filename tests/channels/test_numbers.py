@@ -45,6 +45,8 @@ NUMBERS = {
     "in bytes": lambda x: x * torch.frombuffer(bytearray([x.shape[1]]), dtype=torch.uint8),
     "by a package": lambda x: x * torch.from_dlpack(np.array([float(x.shape[1])])),
     "by a function": lambda x: x * x.new_zeros(1).apply_(lambda _: x.shape[1]),
+    "copies in front": lambda x: x[None].expand(x.shape[1], -1, -1, -1, -1).sum(0),
+    "rows of zeros": lambda x: torch.cat([x, x.new_zeros(x.shape[1], *x.shape[1:])]).std(0) + x,
     "alpha of add": lambda x: torch.add(x, x.relu(), alpha=x.shape[1]),
     "alpha of sub": lambda x: torch.sub(x, x.relu(), alpha=1 / x.shape[1]),
     "alpha of addmm": lambda x: torch.addmm(

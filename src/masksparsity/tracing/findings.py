@@ -109,11 +109,11 @@ def _to_nine_digits(number: float) -> Any:
 
 
 def aside(out: Tensor, labels: Iterable[Labels]) -> list[int]:
-    """The lengths of the axes along which no channels lie, but of the batch and those that
-    broadcast. `labels`: of what is broadcast to `out`."""
+    """The lengths of the axes along which no channels lie, but of those that broadcast.
+    `labels`: of what is broadcast to `out`."""
     # A lone channel may be labelled along another axis than its companions were.
     channels = {a - m.ids.ndim for m in labels for a in m.axes if m.ids.shape[a] > 1}
-    return [n for a, n in enumerate(out.shape[1:], 1 - out.ndim) if n > 1 and a not in channels]
+    return [n for a, n in enumerate(out.shape, -out.ndim) if n > 1 and a not in channels]
 
 
 def extents(x: Tensor) -> list[int]:
