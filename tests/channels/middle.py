@@ -37,6 +37,7 @@ def exact(model: nn.Module, x: Tensor, graph: ms.ChannelGraph, seeds: int = 3) -
             masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
             assert masked(x).abs().max() > 0
             assert _distance(masked(x), slim(x)) <= TOLERANCE
+        assert graph.cost(keep) == ms.trace(slim, x).cost()
 
 
 def traced(build: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor, ms.ChannelGraph]:

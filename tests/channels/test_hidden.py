@@ -279,6 +279,15 @@ WHOLE = {
             * x
         )
     ),
+    "attention between positions": lambda: Middle(
+        lambda s, x: torch.bmm(
+            x.flatten(2), (x.flatten(2).mT @ x.flatten(2)).softmax(-1).permute(0, 2, 1)
+        ).view(x.shape)
+    ),
+    "products channel by channel": lambda: Middle(lambda s, x: x @ x.mT),
+    "positions mixed": lambda: Middle(
+        lambda s, x: F.linear(x.flatten(2), s.w).view(*x.shape[:2], 6, 6), w=row(36, 36)
+    ),
     "rrelu": lambda: Middle(lambda s, x: F.rrelu(x)),
     "deformable": lambda: Middle(_deformable, w=row(8, 8, 3, 3), offset=nn.Conv2d(8, 18, 1)),
 }

@@ -38,6 +38,11 @@ def shared(x: Tensor) -> Tensor:
     return filled(x, torch.as_tensor(memory := np.zeros(1)), memory)
 
 
+def copies(x: Tensor) -> Tensor:
+    """As many as it has channels, by the dense order of axes."""
+    return x[None].repeat(x.shape[-3], *[1] * x.ndim)
+
+
 NUMBERS = {
     "in memory that is shown": shown,
     "in memory that is held": held,
@@ -46,6 +51,22 @@ NUMBERS = {
     "by a package": lambda x: x * torch.from_dlpack(np.array([float(x.shape[1])])),
     "by a function": lambda x: x * x.new_zeros(1).apply_(lambda _: x.shape[1]),
     "copies in front": lambda x: x[None].expand(x.shape[1], -1, -1, -1, -1).sum(0),
+    "softmax over copies": lambda x: copies(x).softmax(0)[0] * x,
+    "sum of copies": lambda x: copies(x).cumsum(0)[-1] + x,
+    "spectrum of copies": lambda x: torch.fft.fft(copies(x), dim=0)[0].real + x,
+    "product of copies": lambda x: copies(x).relu().prod(0) + x,
+    "copies added": lambda x: x.new_zeros(1, *x.shape[1:]).index_add(
+        0, torch.zeros(x.shape[1], dtype=torch.long), copies(x[0])
+    ) + x,
+    "copies scattered": lambda x: torch.zeros_like(x[:1]).scatter_add(
+        0, torch.zeros_like(copies(x[0])).long(), copies(x[0])
+    ) + x,
+    "mean of rows": lambda x: F.batch_norm(
+        torch.cat([x, x.new_zeros(x.shape[1], *x.shape[1:])]), None, None, training=True
+    )[: len(x)],
+    "average of copies": lambda x: x * F.avg_pool1d(
+        copies(x).movedim(0, -1).flatten(0, 3)[:, None], x.shape[1]
+    ).view(x.shape) / x.shape[1],
     "rows of zeros": lambda x: torch.cat([x, x.new_zeros(x.shape[1], *x.shape[1:])]).std(0) + x,
     "alpha of add": lambda x: torch.add(x, x.relu(), alpha=x.shape[1]),
     "alpha of sub": lambda x: torch.sub(x, x.relu(), alpha=1 / x.shape[1]),

@@ -21,13 +21,14 @@ class Cost(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A product of the dense network: `factor * len(outputs) * len(inputs)` MACs per example."""
+    """A product of the dense network: `factor` times the lengths of all these MACs per example."""
 
     module: str
     factor: float
     outputs: Tensor
     """int64: unit of every output channel, -1 where none."""
     inputs: Tensor
+    rows: tuple[Tensor, ...]
 
 
 class Counter:
@@ -47,6 +48,7 @@ class Counter:
         """`sizes` of the groups, `slots` of all labelled axes, `shapes` of all parameters."""
         self.sizes = torch.tensor(sizes, dtype=torch.float64)
         rows = [x for layer in layers for x in (layer.outputs, layer.inputs)] + list(slots.values())
+        rows += [x for layer in layers for x in layer.rows]
         lengths = torch.tensor([len(r) for r in rows], dtype=torch.int64)
         row_of = torch.repeat_interleave(torch.arange(len(rows)), lengths)
         width = len(sizes) + 1  # the last column: indices of no group
@@ -55,7 +57,13 @@ class Counter:
         column = group_of[torch.cat([torch.zeros(0, dtype=torch.int64), *rows])]
         owned = torch.bincount(row_of * width + column, minlength=len(rows) * width)
         self.matrix = owned.view(len(rows), width) / torch.cat([self.sizes, self.sizes.new_ones(1)])
-        self.layers = 2 * len(layers)
+        self.parts = [2 * len(layers), len(slots), len(rows) - 2 * len(layers) - len(slots)]
+        """How many rows of it are the two sides of layers, axes, and the layers' own rows."""
+        number = iter(range(self.parts[-1]))
+        beside = [[next(number) for _ in layer.rows] for layer in layers]
+        most, none = max(map(len, beside), default=0), self.parts[-1]
+        padded = [[*row, *[none] * (most - len(row))] for row in beside]
+        self.beside = torch.tensor(padded, dtype=torch.int64).view(len(layers), most)
         self.factor = torch.tensor([layer.factor for layer in layers], dtype=torch.float64)
 
         # Each parameter is a constant times the lengths of its (at most three) labelled axes.
@@ -68,15 +76,17 @@ class Counter:
         self.constants = torch.tensor(constants, dtype=torch.float64)
         self.factors = torch.tensor(factors, dtype=torch.int64).view(-1, 3)
 
-    def lengths(self, kept: Tensor) -> Tensor:
-        return self.matrix @ torch.cat([kept.double(), torch.ones(1, dtype=torch.float64)])
-
     def macs_per_layer(self, kept: Tensor) -> Tensor:
         """float64 [layers], for `kept` units per group."""
-        sides = self.lengths(kept)[: self.layers].view(-1, 2)
-        return self.factor * sides.prod(1)
+        return self._count(kept)[0]
 
     def __call__(self, kept: Tensor) -> Cost:
-        axes = torch.cat([self.lengths(kept)[self.layers :], torch.ones(1, dtype=torch.float64)])
-        params = self.constants @ axes[self.factors].prod(1)
-        return Cost(round(float(self.macs_per_layer(kept).sum())), round(float(params)))
+        macs, params = self._count(kept)
+        return Cost(round(float(macs.sum())), round(float(params)))
+
+    def _count(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        one = torch.ones(1, dtype=torch.float64)
+        sides, axes, rows = (self.matrix @ torch.cat([kept.double(), one])).split(self.parts)
+        macs = self.factor * sides.view(-1, 2).prod(1)
+        macs *= torch.cat([rows, one])[self.beside].prod(1)
+        return macs, self.constants @ torch.cat([axes, one])[self.factors].prod(1)

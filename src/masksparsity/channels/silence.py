@@ -29,7 +29,7 @@ class Branches:
         """`prunable`: is each group? `modules`: of each labelled axis, the type of the module that
         owns it; `pieces`: units whose counts are constrained; `reading`: does each layer read
         channels of a group?"""
-        sides = counter.matrix[: counter.layers] > 0
+        sides, axes, _ = (counter.matrix > 0).split(counter.parts)
         self.outputs, self.inputs = sides[0::2], sides[1::2]
         """bool [layers, groups + 1]; the last column is of channels of no group."""
         # A depthwise layer reads what is of its own group: it hands on, and makes nothing.
@@ -37,7 +37,7 @@ class Branches:
         foreign = torch.tensor([m not in _SILENT for m in modules], dtype=torch.bool)
         self.fixed = ~torch.tensor(list(prunable), dtype=torch.bool)
         """bool [groups]: those that keep at least one channel."""
-        self.fixed |= (counter.matrix[counter.layers :][foreign] > 0).any(0)[:-1]
+        self.fixed |= axes[foreign].any(0)[:-1]
         self.fixed |= sides[sides.sum(1) > 1].any(0)[:-1]
         ends = counter.sizes.cumsum(0)
         for units in pieces:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tracing.labels import ANONYMOUS, Cut, Reason, Slot
+from ..tracing.labels import ANONYMOUS, Cut, Product, Reason, Slot
 from ..tracing.rules import RULES
 from ..tracing.tracer import Tracer
 from . import constraints as limits
@@ -37,7 +37,7 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
 
     # Most operations hand labels on as they are: each array is mapped once, and all in one go.
     arrays = axes.arrays
-    seen = [ids for p in tracer.products for ids in (p.outputs, p.inputs)]
+    seen = [ids for p in tracer.products for ids in (p.outputs, p.inputs, *p.rows)]
     seen += [ids for cut in tracer.cuts for ids in (cut.whole, *cut.pieces)]
     flats = {id(ids): tracer.flats.get(id(ids), ids) for ids in seen}
     number = dict(zip(flats, arrays.add(flats.values()), strict=True))
@@ -66,10 +66,7 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
         records=tuple(tracer.records),
         labels=dict(tracer.slots),
         unit_of=unit[component],
-        layers=tuple(
-            Layer(p.module, p.factor / batch, units_of[id(p.outputs)], units_of[id(p.inputs)])
-            for p in tracer.products
-        ),
+        layers=tuple(_layer(p, batch, units_of) for p in tracer.products),
         modules={name: type(module) for name, module in tracer.modules.items()},
         shapes=tracer.shapes,
         parameters=frozenset(tracer.parameters),
@@ -79,6 +76,13 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
         made_up=tracer.made_up,
         rules={name: r for name, r in tracer.rules.items() if r is not RULES.get(name)},
     )
+
+
+def _layer(product: Product, batch: int, units_of: dict[int, Tensor]) -> Layer:
+    """The same for one example, in units."""
+    module, factor, outputs, inputs, rows = product
+    made, read, *others = (units_of[id(ids)] for ids in (outputs, inputs, *rows))
+    return Layer(module, factor / batch, made, read, tuple(others))
 
 
 def _cut(cut: Cut, units_of: dict[int, Tensor]) -> Cut:

@@ -83,12 +83,14 @@ class Cut(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A convolution or matrix product: `factor * len(outputs) * len(inputs)` MACs per example."""
+    """A convolution or matrix product: `factor` times the lengths of all these MACs."""
 
     module: str
     factor: float
     outputs: Tensor
     inputs: Tensor
+    rows: tuple[Tensor, ...] = ()
+    """Channels along axes that it neither makes nor sums over."""
 
 
 class Norm(NamedTuple):

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .findings import aside
 from .labels import Labels, Norm
 from .products import ELSEWHERE, biased, channels_of, first_of
 from .tracer import FOLD, WRITTEN_TO, Rule, Tracer
@@ -13,7 +14,8 @@ def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
     """Each channel by itself; with a scale, zero where scale and shift are."""
     x, weight, bias, *statistics = args[:5]
     ids, seen = t.read(x, 1, "normalised over channels")
-    t.record((seen,) if seen else ())
+    lengths = aside(x, [seen]) if seen and args[5] else ()  # its own statistics depend on these
+    t.record((seen,) if seen else (), lengths)
     if seen and not seen.finite:  # a scale of zero does not help
         t.pin(ids, "infinite at zero")
     for tensor in (weight, *statistics):
@@ -73,7 +75,7 @@ def layer_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
     bias = bias if isinstance(bias, Tensor) else None
     first = x.ndim - len(shape)
     found = t.labels(x)
-    t.record(found, [first])
+    t.record(found, [first, *aside(x, found)])
     t.expose(found)
     result = []
     for m in found:

@@ -167,7 +167,8 @@ def _lay(
         t.unknown(args, kwargs, out)
         return
     ids = found[0].ids
-    t.record(found, aside(out, found))
+    shaped = [y for y, _ in [(out, ()), *tensors] if isinstance(y, Tensor) and y.ndim == out.ndim]
+    t.record(found, [n for y in shaped for n in aside(y, found)])
     t.expose(found)
     for m in found[1:]:
         t.unite(m.ids, ids)

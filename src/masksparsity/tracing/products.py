@@ -160,7 +160,6 @@ def _matmul(
     if bias is not None:
         t.pin(rows, "a bias is added to every row")
     t.producers |= frozenset().union(*(m.sources for m in rows))
-    t.products.append(Product(t.module, out.numel() / out.shape[-1], outputs, ids))
     last = out.ndim - 1
     columns = Labels(t.along(outputs, last, out.ndim), frozenset({last}), clean, sources)
     for m in batch:
@@ -171,6 +170,9 @@ def _matmul(
                 break
         else:
             rows.append(m._replace(sources=frozenset()))
+    beside = tuple([m.ids for m in rows])
+    count = out.numel() / out.shape[-1] / math.prod(x.numel() for x in beside)
+    t.products.append(Product(t.module, count, outputs, ids, beside))
     t.set(out, [*rows, columns] if outputs.any() else rows)
 
 

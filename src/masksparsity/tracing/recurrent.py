@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .labels import Reason
+from .labels import Product, Reason
 from .tracer import Rule, Tracer
 
 RULES: dict[str, Rule] = {}
@@ -25,6 +26,9 @@ def layer(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -
     t.pin(kept, _WHY)
     for tensor in out:
         t.set(tensor, ())
+    steps, hidden = out[0].numel() / out[0].shape[-1], others[0]
+    gates, units = (torch.zeros(n, dtype=torch.int64) for n in hidden.shape)
+    t.products += [Product(t.module, steps, gates, read) for read in (ids, units)]
 
 
 RULES["mkldnn_rnn_layer"] = layer
