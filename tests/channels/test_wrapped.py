@@ -249,6 +249,20 @@ def test_a_compiled_forward_is_looked_into():
     assert ms.prune(model, graph, keep)(X).shape == (2, 2)
 
 
+@pytest.mark.parametrize("wrapper", [compiled, compiled_in_place])
+def test_compiled_parts_run_as_they_were_written(wrapper):
+    torch.manual_seed(0)
+    model = ms.models.create("resnet20", width=4).eval()
+    model.layer2, model.bn1 = wrapper(model.layer2), wrapper(model.bn1)
+    outputs(model)
+    graph = ms.trace(model, X)
+    (scales,) = (g.scales for g in graph.groups if "layer1.0.bn2" in g.scales)
+    assert scales[0].startswith("bn1")
+    keep = ms.select.uniform(graph, ms.scores.scale(model, graph), 0.5)
+    masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
+    torch.testing.assert_close(outputs(slim), outputs(masked), rtol=1e-4, atol=1e-5)
+
+
 def test_a_trace_inside_of_autocast_sees_the_weights():
     model = layers()
     with torch.autocast("cpu", torch.bfloat16):

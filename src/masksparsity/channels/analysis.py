@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from ..errors import MaskSparsityError
 from ..tracing.copies import shadow
@@ -59,15 +58,14 @@ def trace(
     if any(isinstance(names, str) for names in (tie, *tie)):
         raise MaskSparsityError('tie: tuples of names of layers, such as (("a", "b"),)')
     model = unwrap(model)
-    for name, tensor in named_tensors(model):
-        if is_lazy(tensor):
-            raise MaskSparsityError(f"{name} has no shape yet: run the model once first")
-    with shadow(model) as net:
-        return _trace(net, args, kwargs, protect, tie, rules or {})
+    theirs = of_users(model)
+    with shadow(model, theirs) as net:
+        return _trace(net, theirs, args, kwargs, protect, tie, rules or {})
 
 
 def _trace(
     model: nn.Module,
+    theirs: bool,
     args: tuple,
     kwargs: dict,
     protect: tuple[str, ...],
@@ -75,7 +73,6 @@ def _trace(
     rules: Mapping[str, Rule],
 ) -> ChannelGraph:
     table = {**RULES, **rules}
-    theirs = of_users(model)
     tracer = Tracer(model, table, made_up=not rules and not theirs)
     try:
         _follow(tracer, model, args, kwargs, theirs)
@@ -110,8 +107,8 @@ def _follow(tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, theirs:
         raise MaskSparsityError(
             f"the model does not run on example_inputs: {error} (in {tracer.failed or 'the model'})"
         ) from error
-    made = sorted({name for name, _ in named_tensors(model)} - tracer.shapes.keys())
-    if made:
+    names = {name for name, _ in named_tensors(model)} if theirs else ()
+    if made := sorted({*names} - tracer.shapes.keys()):
         raise MaskSparsityError(
             f"{made[0]} is made in the first forward: run the model once before it is traced"
         )

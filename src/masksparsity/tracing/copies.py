@@ -42,6 +42,8 @@ def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     for module in copied.modules():
         if hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
             del module.forward  # compiled for the model
+            if compiled := module._modules.get("_orig_mod"):
+                module.forward = functools.partial(operator.call, compiled)
         tables: tuple[Any, ...] = (vars(module), module._forward_hooks, module._forward_pre_hooks)
         for held in tables:
             held.update({k: _rebound(v, memo) for k, v in held.items() if type(v) is FunctionType})
@@ -82,11 +84,11 @@ def _rebound(held: Any, memo: Mapping[int, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def shadow(model: nn.Module) -> Iterator[nn.Module]:
+def shadow(model: nn.Module, theirs: bool | None = None) -> Iterator[nn.Module]:
     """A copy that shares parameters and buffers, for users' code to run on: what it keeps in
     objects, generators and arrays is left alone. Of libraries' code, which keeps little, and of
-    what cannot be copied, the model itself."""
-    if not of_users(model):
+    what cannot be copied, the model itself. `theirs`: `of_users`, if that has been asked."""
+    if not (of_users(model) if theirs is None else theirs):
         yield model
         return
     try:

@@ -38,19 +38,25 @@ class Operations(TorchDispatchMode):
     def __init__(self, tracer: Tracer):
         super().__init__()
         self.tracer = tracer
-        self._known: dict[int, tuple[Rule | None, str, bool, tuple[int, ...]]] = {}
+        self._known: dict[int, tuple[Rule | None, str, bool, tuple[int, ...], bool]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled while tracing: spares an import of 1.5 s, and every call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _EMPTY and args[0] == [0]:  # a norm makes one each time; it holds nothing
+            out = func(*args, **kwargs or {})
+            self.tracer.sources.follow("empty", False, (), [], args, out)
+            return out
         tracer, kwargs = self.tracer, kwargs or {}
         known = self._known.get(id(func))  # its own hash takes time
         if known is None:
             known = self._known[id(func)] = self._look_up(func)
-        rule, operation, inplace, writes = known
-        given = self._before(func, operation, writes, args, kwargs) if writes else args
+        rule, operation, inplace, writes, reshapes = known
+        given = args
+        if writes and ("batch_norm" not in operation or args[5]):  # to statistics, while training
+            given = self._before(operation, writes, reshapes, args, kwargs)
         try:
             out = stand_in(*args) if func is CONVOLUTION and tracer.made_up else None
             if out is None:
@@ -58,9 +64,6 @@ class Operations(TorchDispatchMode):
         except Exception as error:
             tracer.blame(error, (args, kwargs))
             raise
-        if func is _EMPTY and args[0] == [0]:  # a norm makes one each time; it holds nothing
-            tracer.sources.follow(operation, False, (), [], args, out)
-            return out
         tracer.operation = operation
         every = (*args, *kwargs.values()) if kwargs else args
         # What is lifted was made of numbers, which are recorded.
@@ -82,29 +85,29 @@ class Operations(TorchDispatchMode):
         return out
 
     def _before(
-        self, func: Any, operation: str, writes: tuple[int, ...], args: Any, kwargs: Any
+        self, operation: str, writes: tuple[int, ...], reshapes: bool, args: Any, kwargs: Any
     ) -> Any:
         """An operation is about to write, or to hand out an alias: keep what may be overwritten of
         the model's own, and what its rule has to know of a tensor that changes shape in place."""
         written = [args[k] for k in writes if k < len(args)]
         if "batch_norm" in operation:
-            written = args[3:5] if args[5] else []  # statistics, while training
+            written = args[3:5]
         for x in (*written, *kwargs.values()):
             for tensor in x if isinstance(x, (list, tuple)) else (x,):
                 if isinstance(tensor, Tensor):
                     self.tracer.memory.spare(root(tensor))
                     if operation != "copy" and operation not in PLACING:
                         self.tracer.memory.overwrite(tensor)
-        if torch.Tag.inplace_view not in func.tags:
+        if not reshapes:
             return args
         before = args[0].detach()
         self.tracer.set(before, self.tracer.labels(args[0]))
         return before, *args[1:]
 
-    def _look_up(self, func: Any) -> tuple[Rule | None, str, bool, tuple[int, ...]]:
+    def _look_up(self, func: Any) -> tuple[Rule | None, str, bool, tuple[int, ...], bool]:
         base, inplace, writes, into = _schema(func)
-        # `out=`: others may view it.
-        return None if into else self.tracer.rules.get(base), base, inplace, writes
+        rule = None if into else self.tracer.rules.get(base)  # `out=`: others may view it
+        return rule, base, inplace, writes, torch.Tag.inplace_view in func.tags
 
 
 @functools.cache

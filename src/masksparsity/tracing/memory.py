@@ -65,7 +65,8 @@ class Memory:
 
     def overwrite(self, tensor: Tensor) -> None:
         """It is written to by something that does not say what, and where."""
-        self.canvases.pop(root(tensor), None)
+        if self.canvases:
+            self.canvases.pop(root(tensor), None)
 
     def is_untouched(self, tensor: Tensor) -> bool:
         """Whether it, or the one whose memory it shows, is as forward made it from sizes alone."""

@@ -88,17 +88,18 @@ def of_users(model: nn.Module) -> bool:
     things in train mode, such as return features. That of libraries asks for the mode for the sake
     of dropout, and of auxiliary heads, whose parameters tell."""
     modules = [*model.modules()]
+    states = [vars(m) for m in modules if not _FUNCTIONS.isdisjoint(map(type, vars(m).values()))]
     return (
         any(not kind.__module__.startswith(LIBRARIES) for kind in {type(m) for m in modules})
         or nn.modules.module._has_any_global_hook()
         or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
         or any(_is_users(vars(m)["forward"]) for m in modules if "forward" in vars(m))
-        or any(_is_users(v) for m in modules for v in vars(m).values() if type(v) in _FUNCTIONS)
+        or any(_is_users(v) for s in states for v in s.values() if type(v) in _FUNCTIONS)
     )
 
 
 LIBRARIES = ("torch.nn.", "torchvision.", "timm.", "masksparsity.")  # scripts are users' code
-_FUNCTIONS = (FunctionType, MethodType, functools.partial)
+_FUNCTIONS = frozenset({FunctionType, MethodType, functools.partial})
 
 
 def _is_users(function: Any) -> bool:

@@ -42,13 +42,13 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 def kept_by(modules: Iterable[nn.Module]) -> list[Tensor]:
     """Tensors in attributes of modules, and in containers there, that are not registered."""
-    return [x for x in _values_of(modules, _OWN)[0] if isinstance(x, Tensor)]
+    return [x for x in _values_of(modules)[0] if isinstance(x, Tensor)]
 
 
-def _values_of(modules: Iterable[nn.Module], but: frozenset[str]) -> tuple[list[Any], list[Any]]:
-    """Values of modules' attributes but some, and in containers there; and these containers."""
+def _values_of(modules: Iterable[nn.Module]) -> tuple[list[Any], list[Any]]:
+    """Values of modules' own attributes, and in containers there; and these containers."""
     states = map(vars, modules)
-    values = [v for s in states for k, v in s.items() if k not in but and type(v) not in _PLAIN]
+    values = [v for s in states for k, v in s.items() if k not in _OWN and type(v) not in _PLAIN]
     found: dict[int, Any] = {}
     _containers(values, found)
     containers = [*found.values()]
@@ -160,7 +160,6 @@ def fused_attention_off() -> Iterator[None]:
 
 
 _OWN = frozenset(vars(nn.Module()))  # what every module has
-_FIXED = _OWN - {"_parameters", "_buffers"}  # and no forward writes
 
 
 @contextlib.contextmanager
@@ -169,9 +168,13 @@ def unchanged(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
     tensors that they hold."""
     modules = [*modules]
     kept = [(state, state.copy()) for state in map(vars, modules)]
-    values, containers = _values_of(modules, _FIXED)
-    inner = [(v, _shallow(v)) for v in containers if not isinstance(v, tuple)]
+    tables = (s.get(k) for s in map(vars, modules) for k in ("_parameters", "_buffers"))
+    registered = [held for held in tables if isinstance(held, dict)]  # of scripts they are not
+    values, containers = _values_of(modules)
+    containers = registered + [v for v in containers if not isinstance(v, tuple)]
+    inner = [(v, _shallow(v)) for v in containers]
     drawn = [(x, x.get_state()) for x in values if type(x) is torch.Generator]
+    values += [x for held in registered for x in held.values()]
     tensors = [x for x in values if isinstance(x, Tensor)]
     told = [(x, x.requires_grad, x.grad, vars(x).copy()) for x in tensors if x.is_leaf]
     try:

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ..errors import MaskSparsityError
 from .findings import Findings
 from .labels import ANONYMOUS, NOTHING, Labels, Reason, Slot
 from .memory import Memory, is_viewed, root
@@ -52,6 +54,8 @@ class Tracer(Findings):
         self.tensors = dict(tensors_of(self.modules.items()))
         kinds = [(n, t) for n, t in self.tensors.items() if type(t) is not Tensor]  # soon told
         self.parameters = [n for n, t in kinds if isinstance(t, nn.Parameter)]
+        if lazy := next((n for n, t in kinds if is_lazy(t)), None):
+            raise MaskSparsityError(f"{lazy} has no shape yet: run the model once first")
         self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         self.names = {id(tensor): name for name, tensor in self.tensors.items()}
         self.paths = {id(module): name for name, module in self.modules.items()}

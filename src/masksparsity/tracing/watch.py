@@ -167,30 +167,29 @@ def module_stack(tracer: Tracer) -> Iterator[None]:
     """
     stack, paths, here = tracer.stack, tracer.paths, threading.get_ident()
     elsewhere: list[str] = []
+    call = nn.Module.__call__
 
-    def enter(module: nn.Module, args: Any) -> None:
+    def follow(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != here:
             elsewhere.extend(paths[key] for key in [id(module)] if key in paths)
-            return
+            return call(module, *args, **kwargs)
         stack.append(paths.get(id(module), stack[-1]))
         tracer.failed = None
+        try:
+            return call(module, *args, **kwargs)
+        except Exception:
+            if tracer.failed is None:
+                tracer.failed = stack[-1]
+            raise
+        finally:
+            stack.pop()
 
-    def leave(module: nn.Module, args: Any, out: Any) -> None:
-        if threading.get_ident() != here:
-            return
-        path = stack.pop()
-        if out is None and tracer.failed is None:  # how `always_call` tells of an exception
-            tracer.failed = path
-
-    hooks = (
-        nn.modules.module.register_module_forward_pre_hook(enter),
-        nn.modules.module.register_module_forward_hook(leave, always_call=True),
-    )
+    # Hooks on all modules would do, but send every call the long way round.
+    nn.Module.__call__ = follow  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        nn.Module.__call__ = call  # type: ignore[method-assign]
     if elsewhere:
         raise MaskSparsityError(
             f"{elsewhere[0]} runs in a thread of its own, where its operations cannot be seen: to "
