@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import masksparsity as ms
 from masksparsity.channels.probe import _some
 
-from .middle import exact
+from .middle import Middle, exact
 
 
 class Literal(nn.Module):
@@ -46,6 +46,14 @@ def test_a_literal_size_protects_only_what_it_is_the_size_of(name):
     assert [g.name for g in graph.prunable] == ["a", "fc"]
     assert "does not follow other widths" in str(graph.by_name["b"].reason)
     exact(model, x, graph)
+
+
+def test_a_literal_size_behind_a_norm_of_two_groups_is_found():
+    def operation(s: nn.Module, x: Tensor) -> Tensor:
+        return s.n(x).reshape(len(x), 8, -1).view(x.shape)
+
+    graph = ms.trace(Middle(operation, n=nn.GroupNorm(2, 8)), torch.randn(1, 3, 6, 6))
+    assert not graph.prunable
 
 
 def test_a_size_in_an_attribute_follows():

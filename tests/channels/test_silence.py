@@ -236,3 +236,28 @@ def test_what_is_divided_by_its_own_norm_does_not_go_altogether():
     torch.testing.assert_close(
         ms.prune(model, graph, keep)(x), ms.apply_mask(model, graph, keep)(x)
     )
+
+
+class Tied(nn.Module):
+    """A residual block that comes back through the weight by which it went."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.code = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 1, bias=False)
+        self.out = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        back = nn.functional.conv_transpose2d(self.code(x).relu(), self.code.weight)
+        return self.out(x + back).mean((2, 3))
+
+
+def test_a_weight_that_is_read_by_code_does_not_go_altogether():
+    inputs = torch.randn(2, 3, 6, 6)
+    model = Tied().eval()
+    graph = ms.trace(model, inputs)
+    scores = {"first": torch.ones(8), "code": torch.zeros(6)}
+    keep = ms.select.threshold(graph, scores, 0.5, min_keep=0)
+    assert keep["code"].sum() == 1
+    masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
+    torch.testing.assert_close(outputs(slim, inputs), outputs(masked, inputs))

@@ -150,6 +150,7 @@ class ChannelGraph:
             [self.modules.get(tensor.rpartition(".")[0]) for tensor, _ in self.slots],
             # A norm of nothing is zero, and something may be divided by it; nor has it pieces.
             [*(cut.whole.reshape(-1) for cut in self.cuts if cut.pieces), self.swallowed],
+            [self.modules.get(layer.module) for layer in self.layers],
             [layer.module in reading for layer in self.layers],
         )
 

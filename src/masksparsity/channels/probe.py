@@ -79,9 +79,11 @@ def _some(graph: ChannelGraph, seed: int) -> KeepMask:
         rows += [c.pieces for c in graph.constraints if (c.pieces >= 0).all()]
         shares = shares[:1] * len(rows)
     keep = torch.ones(graph.units, dtype=torch.bool)
-    for units, share in zip(rows, shares, strict=True):
-        # One at least, though not one of two: what is left alone is refused for its own sake.
-        number = max(int(share * units.shape[1]), units.shape[1] > 1 + (len(units) == 1))
+    # One at least, though not one of two: a channel left alone is refused for its own sake.
+    sparing = [g.size == 2 and any(s.index.shape[1] == 1 for s in g.slices) for g in graph.groups]
+    sparing += [False] * (len(rows) - len(sparing))
+    for units, share, spare in zip(rows, shares, sparing, strict=True):
+        number = max(int(share * units.shape[1]), units.shape[1] > 1 + spare)
         least = values[units].argsort(1)[:, :number]
         keep[units] = True
         keep[units.gather(1, least)] = False

@@ -24,11 +24,12 @@ class Branches:
         prunable: Iterable[bool],
         modules: Iterable[type | None],
         pieces: Iterable[Tensor],
+        layers: Iterable[type | None],
         reading: Collection[bool],
     ):
         """`prunable`: is each group? `modules`: of each labelled axis, the type of the module that
-        owns it; `pieces`: units whose counts are constrained; `reading`: does each layer read
-        channels of a group?"""
+        owns it; `pieces`: units whose counts are constrained; `layers`: of each the type of the
+        module that runs it; `reading`: does each layer read channels of a group?"""
         sides, axes, _ = (counter.matrix > 0).split(counter.parts)
         self.outputs, self.inputs = sides[0::2], sides[1::2]
         """bool [layers, groups + 1]; the last column is of channels of no group."""
@@ -38,6 +39,8 @@ class Branches:
         self.fixed = ~torch.tensor(list(prunable), dtype=torch.bool)
         """bool [groups]: those that keep at least one channel."""
         self.fixed |= axes[foreign].any(0)[:-1]
+        foreign = torch.tensor([m not in _SILENT for m in layers], dtype=torch.bool)
+        self.fixed |= sides[foreign.repeat_interleave(2)].any(0)[:-1]
         self.fixed |= sides[sides.sum(1) > 1].any(0)[:-1]
         ends = counter.sizes.cumsum(0)
         for units in pieces:
