@@ -11,7 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d, deform_conv2d
 
 import masksparsity as ms
 
-from .middle import Middle, exact, row, traced
+from .middle import Middle, exact, free_and_exact, row, traced
 from .networks import calibrated, random_mask
 from .test_exact import TOLERANCE, _distance
 
@@ -169,6 +169,11 @@ def test_what_is_scripted_keeps_its_width():
     assert [g.name for g in graph.prunable] == ["2.0"]
     assert "prune first, then script" in str(graph.by_name["1.0"].reason)
     assert not ms.trace(torch.jit.script(bottleneck()), torch.randn(1, 8, 4, 4)).prunable
+    free_and_exact(lambda s, x: s.f(x), f=torch.jit.script(_swish))  # a function has no width
+
+
+def _swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
 
 
 class Residual(nn.Module):
@@ -288,6 +293,16 @@ WHOLE = {
     "positions mixed": lambda: Middle(
         lambda s, x: F.linear(x.flatten(2), s.w).view(*x.shape[:2], 6, 6), w=row(36, 36)
     ),
+    "weighted parts": lambda: Middle(
+        lambda s, x: torch.cat([s.w[0] * x, s.w[1] * x.relu()], 1).chunk(2, 1)[1], w=row(2)
+    ),
+    "a filter per place": lambda: Middle(
+        lambda s, x: (
+            F.unfold(x, 3, padding=1).view(len(x), x.shape[1], 9, 6, 6) * s.p(x).softmax(1)[:, None]
+        ).sum(2),
+        p=nn.Conv2d(8, 9, 1),
+    ),
+    "logsigmoid": lambda: Middle(lambda s, x: F.logsigmoid(x)),
     "rrelu": lambda: Middle(lambda s, x: F.rrelu(x)),
     "deformable": lambda: Middle(_deformable, w=row(8, 8, 3, 3), offset=nn.Conv2d(8, 18, 1)),
 }

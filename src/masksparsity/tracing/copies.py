@@ -24,6 +24,8 @@ def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     for tensor in kept_by(model.modules()):
         if not tensor.is_leaf:
             memo.setdefault(id(tensor), tensor.detach().clone())
+    scripted = (v for m in model.modules() for v in vars(m).values())
+    memo |= {id(v): v for v in scripted if isinstance(v, torch.jit.ScriptFunction)}
     for buffer in model.buffers():
         if extents(buffer) != [*buffer.shape]:  # expanded: one value cannot become zero alone
             memo.setdefault(id(buffer), buffer.clone(memory_format=torch.contiguous_format))

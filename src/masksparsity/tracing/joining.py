@@ -45,6 +45,11 @@ def _join(
         t.set(out, ())
         return
     t.record(labels)
+    several = [ms for ms in found if len(ms) > 1]
+    if several:  # such as a factor of a part, picked from a list of them
+        t.pin([m for ms in several for m in ms if not m.axes], "one channel meets several")
+        found = [tuple(m for m in ms if m.axes) if len(ms) > 1 else ms for ms in found]
+        labels = [m for ms in found for m in ms]
     if any(len(ms) > 1 for ms in found):
         t.pin(labels, "two channels meet on one element")
         t.set(out, ())

@@ -49,15 +49,21 @@ def _view(x: Tensor, m: Labels, new: Sequence[int]) -> Labels:
             shape += [new[a] for a in news]
             # A lone channel has no axis longer than 1 to be recognised by.
             axes |= {a for a in news if new[a] > 1} or {news[0]}
-    return m._replace(ids=m.ids.expand(expand).reshape(shape), axes=frozenset(axes))
+    ids = m.ids.expand(expand).reshape(shape)
+    if len(axes) > len(m.axes):  # the places of a window are of one channel
+        for a in sorted(axes):
+            first = ids.narrow(a, 0, 1)
+            if len(axes) > 1 and bool((ids == first).all()):
+                ids, axes = first, axes - {a}
+    return m._replace(ids=ids, axes=frozenset(axes))
 
 
 def _with_channels(m: Labels, shape: tuple[int, ...]) -> Labels:
-    """A lone channel that a view has laid along the batch also lies along its own axis, as its
+    """A lone channel that a view has laid along the batch lies along its own axis, as its
     companions did."""
     if m.axes != {0} or shape[1:2] != (1,) or bool((m.ids != m.ids[0]).any()):
         return m
-    return m._replace(axes=frozenset({0, 1}))
+    return m._replace(ids=m.ids[:1], axes=frozenset({1}))
 
 
 def _runs(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
@@ -100,7 +106,12 @@ def _unflatten(t: Tracer, x: Tensor, m: Labels, new: tuple[int, ...]) -> None:
         long = [a for a in news if new[a] > 1]
         if len(long) > 1 and len([a for a in olds if x.shape[a] > 1]) == 1 and olds[0] in m.axes:
             whole = rows(m.ids, olds[0])
-            t.cut(whole, [whole.reshape(-1, new[long[-1]])], tuple(new[a] for a in long))
+            pieces = whole.reshape(-1, new[long[-1]])
+            if bool((pieces == pieces[:, :1]).all()):  # each is one channel's, as in a window
+                t.cut(pieces[:, 0].view(len(whole), -1), ())
+                t.cut(whole, ())
+            else:
+                t.cut(whole, [pieces], tuple(new[a] for a in long))
 
 
 VIEWS = ("view", "_unsafe_view", "reshape", "_reshape_alias")
