@@ -225,8 +225,8 @@ ZERO_AT_ZERO = """relu relu6 silu gelu mish tanh hardswish leaky_relu elu selu c
 softshrink abs neg positive sign sqrt square erf floor round ceil trunc expm1 log1p asin atan sin
 sinh asinh tan frac sgn nan_to_num native_dropout dropout _prelu_kernel prelu
 rrelu_with_noise conj_physical polar isnan isinf"""
-NOT_ZERO_AT_ZERO = """sigmoid hardsigmoid softplus log_sigmoid log_sigmoid_forward exp exp2 angle cos cosh
-acos rsub eq ge le logical_not isfinite bitwise_and bitwise_or bitwise_not atan2"""
+NOT_ZERO_AT_ZERO = """sigmoid hardsigmoid softplus log_sigmoid log_sigmoid_forward exp exp2 angle
+cos cosh acos rsub eq ge le logical_not isfinite bitwise_and bitwise_or bitwise_not atan2"""
 _FACTORS = ("mul", "div", "remainder", "fmod", "addcmul", "addcdiv", "lerp")
 INFINITE_AT_ZERO = ("log", "log2", "log10", "rsqrt", "reciprocal", "lgamma", "digamma")
 
