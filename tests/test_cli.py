@@ -154,6 +154,10 @@ def test_prune_one_shot(shell: Shell, weights: Path, tmp_path: Path) -> None:
         (["evaluate", "--data.name", "folder", "--data.root", ".", "--weights", "WEIGHTS"], "."),
         (["compare-masks", "one.json"], "two masks"),
         (["report"], "holds no run"),
+        (["report", "--seed", "1"], "does not read --seed"),
+        (["inspect", "--mask.threshold=0.1"], "--mask.select budget: it is for threshold"),
+        (["mask", "--mask.select", "uniform", "--mask.pruned_macs", "0.1"], "select uniform: it"),
+        (["run", "--mask-sparsify.strength", "0.1"], "is for masked-l1 and proximal"),
     ],
 )
 def test_mistakes_exit_with_2_and_say_what(
@@ -205,6 +209,12 @@ def test_another_model_than_the_recipes_takes_none_of_its_options(shell: Shell) 
         code, out, _ = shell("inspect", "--model.name", name)
         assert code == 0
         assert "With random weights" in out
+
+
+def test_a_stand_in_for_scores_is_told(shell: Shell) -> None:
+    code, out, _ = shell("inspect", "--mask.scores", "taylor")
+    assert code == 0
+    assert "norms of filters in place of Taylor scores" in out
 
 
 def test_a_failed_run_exits_with_1(shell: Shell) -> None:

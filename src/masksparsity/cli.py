@@ -8,13 +8,14 @@ import inspect
 import os
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import tyro
 
 from masksparsity.commands import COMMANDS, NEED_DATA, files_of, misplaced, show
 from masksparsity.errors import MaskSparsityError, RunFailure
-from masksparsity.pipeline.config import Config
+from masksparsity.pipeline.config import READ_BY, Config
 from masksparsity.pipeline.stages import STAGES
 from masksparsity.recipes import RECIPES, recipe
 from masksparsity.train import dist
@@ -52,6 +53,7 @@ def _dispatch(arguments: list[str]) -> None:
     for key in ("weights", "mask"):
         if name in STAGES and f"--{key}" in rest and key not in STAGES[name].inputs:
             raise MaskSparsityError(misplaced(name, key))
+    _refuse_unread(config, name, rest)
     defaults = {"config": config, "files": files_of(name)()}
     tyro.cli(
         functools.partial(command, **{k: v for k, v in defaults.items() if k in known}),
@@ -89,6 +91,28 @@ def _with_model(config: Config, command: str, arguments: list[str]) -> Config:
     shape = config.model.input if command in NEED_DATA else (3, size, size)
     changed = replace(config.model, name=name, options=(), input=shape)
     return config if name == config.model.name else replace(config, model=changed)
+
+
+def _refuse_unread(config: Config, command: str, arguments: list[str]) -> None:
+    """A flag without effect is a mistake: a run would not be what it is taken for."""
+    given: dict[str, str] = {}
+    for argument, following in pairwise([*arguments, ""]):
+        if argument.startswith("--"):
+            flag, _, value = argument[2:].partition("=")
+            given[flag.replace("-", "_")] = value or following
+    if command == "report" and (others := given.keys() - {"out", "recipe", "help"}):
+        raise MaskSparsityError(
+            f"report shows a run with the run's own settings; it does not read --{min(others)}"
+        )
+    for flag in given.keys() & READ_BY.keys():
+        setting, *values = READ_BY[flag]
+        section, _, field = setting.partition(".")
+        value = given.get(setting) or getattr(getattr(config, section), field)
+        if value not in values:
+            flag, setting = (name.replace("_", "-") for name in (flag, setting))
+            raise MaskSparsityError(
+                f"--{flag} is not read with --{setting} {value}: it is for {' and '.join(values)}"
+            )
 
 
 def _summary(name: str) -> str:

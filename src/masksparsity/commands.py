@@ -95,6 +95,8 @@ def inspect(config: Flags) -> None:
     show(str(graph))
     random = "With random weights, which say nothing of the choice"
     whose = "With these weights" if config.model.weights else random
+    if config.mask.scores == "taylor" and not config.mask.file:
+        whose += ", and norms of filters in place of Taylor scores, which take training images"
     show(f"{whose}: {choose_mask(config.mask, model, graph)}")
 
 

@@ -1,4 +1,5 @@
 import copy
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -228,6 +229,17 @@ def test_gradient_accumulation_adds_the_penalty_once(bound):
     masked = (~keep.by_norm()["1"]).float()
     expected = before - LR * (grad + STRENGTH * before.sign() * masked)
     torch.testing.assert_close(model[1].weight.detach(), expected)
+
+
+def test_masked_channels_without_a_scale_are_told(bound):
+    model, graph, _ = bound
+    keep = ms.KeepMask(graph, {"3": torch.arange(6) > 2})
+    with pytest.warns(UserWarning, match="masked channels of 3 have no BatchNorm scale"):
+        ms.MaskedL1(model, graph, keep)
+    keep = ms.KeepMask(graph, {"0": torch.arange(8) > 2})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ms.Proximal(model, graph, keep)
 
 
 def test_detach_ends_it(bound):

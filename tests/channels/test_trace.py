@@ -301,6 +301,9 @@ def test_printed_graph_names_groups_and_reasons():
     text = str(ms.trace(Net(lambda x: torch.logcumsumexp(x, 1)), X))
     assert "protected: unknown operation (logcumsumexp" in text
     assert "a: 8 channels" in text
+    text = str(ms.trace(Net(nn.GroupNorm(4, 8)), X))
+    assert "1 prunable groups with 8 channels" in text
+    assert "a: 8 channels in units of 2 in" in text
 
 
 @pytest.mark.parametrize("model", [nn.ReLU(), nn.Conv2d(3, 1, 1)], ids=["nothing", "one channel"])

@@ -39,7 +39,8 @@ class Slice:
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """`size` channels of one pattern: each can go by itself, everywhere at once."""
+    """`size` units of one pattern, nearly always channels: each can go by itself, everywhere at
+    once."""
 
     name: str
     size: int
@@ -68,9 +69,16 @@ class ChannelGroup:
         """Whether its channels may be removed. If not, `reason` says why."""
         return self.reason is None
 
+    @cached_property
+    def width(self) -> int:
+        """How many channels of a layer one unit is of: several where a GroupNorm or a grouped
+        convolution lets only all of them go."""
+        return min((s.index.shape[1] for s in self.slices), default=1)
+
     def __repr__(self) -> str:
         what = "" if self.prunable else f"  protected: {self.reason}"
-        return f"{self.name}: {self.size} channels in {len(self.slices)} tensors{what}"
+        units = f"channels in units of {self.width}" if self.width > 1 else "channels"
+        return f"{self.name}: {self.size * self.width} {units} in {len(self.slices)} tensors{what}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -189,7 +197,8 @@ class ChannelGraph:
     def __repr__(self) -> str:
         dense = self.cost()
         return (
-            f"{len(self.prunable)} prunable groups with {sum(g.size for g in self.prunable)} "
+            f"{len(self.prunable)} prunable groups with "
+            f"{sum(g.size * g.width for g in self.prunable)} "
             f"channels, {len(self.protected)} protected; {dense.macs / 1e6:,.1f} M MACs, "
             f"{dense.params / 1e6:,.2f} M parameters"
         )

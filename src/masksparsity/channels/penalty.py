@@ -6,10 +6,11 @@ the host, and leaves skipped steps of a GradScaler skipped.
 """
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from itertools import groupby
-from typing import Any
+from typing import Any, Self
 from weakref import WeakSet
 
 import torch
@@ -109,9 +110,9 @@ class Penalty(ABC):
         self._optimizer: Optimizer | None = None
         self._handles: list[Any] = []
 
-    def attach(self, optimizer: Optimizer) -> None:
+    def attach(self, optimizer: Optimizer) -> Self:
         """Act at every step of `optimizer` until `detach`, or until `prune` gives it to the slim
-        model. Schedulers, AMP, accumulation and DDP need nothing more."""
+        model. Schedulers, AMP, accumulation and DDP need nothing more. Returns the penalty."""
         self.detach()
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = inner  # Accelerate's wrapper takes no hooks
@@ -125,6 +126,7 @@ class Penalty(ABC):
         self._optimizer = optimizer
         self._handles = [self._register(optimizer)]
         _attached.add(self)
+        return self
 
     def detach(self) -> None:
         """Act no more."""
@@ -192,6 +194,16 @@ def _scale_slots(
         raise MaskSparsityError(
             "this model has no BatchNorm scales to penalise; use ScheduledDecay, which also drives "
             "filters to zero"
+        )
+    bare = [
+        g for g in graph.prunable if not g.scales and keep is not None and not keep[g.name].all()
+    ]
+    if bare:
+        warnings.warn(
+            f"masked channels of {', '.join(g.name for g in bare[:4])}"
+            f"{' and others' if len(bare) > 4 else ''} have no BatchNorm scale, and this penalty "
+            "drives no other parameter to zero; ScheduledDecay drives their filters, too",
+            stacklevel=4,
         )
     slots = {}
     for norm in graph.norms:
@@ -294,7 +306,10 @@ class MaskedL1(Penalty):
 class Proximal(Penalty):
     """Soft threshold of masked scales and shifts after each step, by `lr * strength / (1 -
     momentum)`, so that strength means the same as in the published form (ISTA, arXiv 1802.00124).
-    Gives exact zeros; what has reached zero stays there."""
+    Gives exact zeros; what has reached zero stays there.
+
+    Optimizers without momentum, as Adam, take `lr * strength` in a step, which is little at the
+    default: a scale of 1 is at zero after `1 / (lr * strength)` steps."""
 
     shows_mask = "pull"
 

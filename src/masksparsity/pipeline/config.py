@@ -102,6 +102,24 @@ class MaskSparsifyConfig(Phase):
             raise MaskSparsityError("decay_fraction is a share of the phase, above 0 and up to 1")
 
 
+READ_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("mask.pruned_macs", "mask.pruned_params", "mask.pruned_latency", "mask.per_cost",
+         "mask.rounds"),
+        ("mask.select", "budget"),
+    ),
+    "mask.threshold": ("mask.select", "threshold"),
+    "mask.energy": ("mask.select", "optimal"),
+    "mask.pruned_fraction": ("mask.select", "fraction", "uniform"),
+    "mask_sparsify.strength": ("mask_sparsify.penalty", "masked-l1", "proximal"),
+    **dict.fromkeys(
+        ("mask_sparsify.decay_fraction", "mask_sparsify.decay_span"),
+        ("mask_sparsify.penalty", "decay"),
+    ),
+}  # fmt: skip
+"""Setting -> the setting that has to have one of the values behind it, or nothing reads it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig:
     """Removal of the masked channels."""

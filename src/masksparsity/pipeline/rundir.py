@@ -4,10 +4,18 @@ In it, `config.json` says what was asked for, `metrics.jsonl` how it went, `chec
 where it stands, and `result.json`, written last, that the stage is complete.
 """
 
+import contextlib
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 from masksparsity.errors import MaskSparsityError, RunFailure
 from masksparsity.files import atomic
@@ -23,6 +31,30 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @contextlib.contextmanager
+    def alone(self, stage: str) -> Iterator[None]:
+        """Keep other processes from doing the stage here meanwhile, where the system can.
+
+        Raises:
+            RunFailure: another one is at it.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                if fcntl is None:
+                    raise OSError
+                self.folder(stage).mkdir(parents=True, exist_ok=True)
+                folder = os.open(self.folder(stage), os.O_RDONLY)
+                stack.callback(os.close, folder)
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunFailure(
+                    f"another process works in {self.folder(stage)}: let it finish, or choose "
+                    "another place with --out"
+                ) from None
+            except OSError:  # what cannot be written to is told by whoever writes
+                pass
+            yield
 
     def folder(self, stage: str) -> Path:
         """Where the files of a stage are."""

@@ -1,5 +1,6 @@
 """Doing stages: what is complete is kept, what was begun goes on, what does not fit is refused."""
 
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -50,20 +51,22 @@ def execute(work: Workspace, name: str, *, fresh: bool = False) -> dict[str, Any
         say(f"{_line(name, result)}, done before")
         return result
 
-    dist.barrier()  # all have looked; now process 0 may write
-    if dist.rank() == 0:
-        if fresh:
-            work.runs.discard(name)
-        work.runs.begin(name, asked, work.config.as_json() if _agrees(work, name) else None)
-    dist.barrier()
-    killed = sum(line["seconds"] for line in work.runs.metrics(name))
-    start = time.monotonic()
-    result = stage.body(work, folder)
-    result["seconds"] = killed + time.monotonic() - start
-    result["origin"] = origin(work.device)
-    if dist.rank() == 0:
-        work.runs.end(name, result)
-    dist.barrier()
+    alone = work.runs.alone(name) if dist.rank() == 0 else contextlib.nullcontext()
+    with alone:
+        dist.barrier()  # all have looked; now process 0 may write
+        if dist.rank() == 0:
+            if fresh:
+                work.runs.discard(name)
+            work.runs.begin(name, asked, work.config.as_json() if _agrees(work, name) else None)
+        dist.barrier()
+        killed = sum(line["seconds"] for line in work.runs.metrics(name))
+        start = time.monotonic()
+        result = stage.body(work, folder)
+        result["seconds"] = killed + time.monotonic() - start
+        result["origin"] = origin(work.device)
+        if dist.rank() == 0:
+            work.runs.end(name, result)
+        dist.barrier()
     say(_line(name, result))
     for warning in result.get("warnings", []):
         say(f"{name}: {warning}")
