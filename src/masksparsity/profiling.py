@@ -86,6 +86,8 @@ def latency(model: nn.Module, graph: ChannelGraph, runs: int = 20) -> Callable[[
     """A function from a mask to the measured latency in ms of what it leaves of `model`, on the
     traced example; for `select.budget(..., pruned_latency=0.3, latency=ms.latency(model, graph))`.
     """
+    if runs < 1:
+        raise MaskSparsityError(f"runs={runs}: at least 1")
 
     def measure(keep: KeepMask) -> float:
         args, kwargs = like(graph.example, model)

@@ -169,15 +169,14 @@ class ChannelGraph:
 
     def cost(self, keep: Kept | None = None) -> Cost:
         """MACs and parameters, dense or under a mask, without building the slim model."""
-        return self.counter(self.counter.sizes if keep is None else keep.kept)
+        if keep is None:
+            return self.counter(self.counter.sizes)
+        self.check_mask(keep)
+        return self.counter(keep.kept)
 
     def check(self, model: nn.Module, keep: Kept | None = None) -> None:
         """Refuse a model of another shape than the traced one, naming the first difference, and a
         mask of another graph."""
-        if not hasattr(keep, "kept") and keep is not None:
-            raise MaskSparsityError(
-                f"expected a KeepMask, got a {type(keep).__name__}: KeepMask(graph, ...) makes one"
-            )
         shapes = {name: tensor.shape for name, tensor in named_tensors(unwrap(model))}
         for name in {**self.shapes, **shapes}:
             if shapes.get(name) != self.shapes.get(name):
@@ -186,7 +185,16 @@ class ChannelGraph:
                     f"{_shape(shapes.get(name))} here and {_shape(self.shapes.get(name))} there; "
                     "trace the model that you prune"
                 )
-        if keep is not None and keep.graph is not self:
+        if keep is not None:
+            self.check_mask(keep)
+
+    def check_mask(self, keep: Kept) -> None:
+        """Refuse what is no mask, and a mask of another graph."""
+        if not hasattr(keep, "kept"):
+            raise MaskSparsityError(
+                f"expected a KeepMask, got a {type(keep).__name__}: KeepMask(graph, ...) makes one"
+            )
+        if keep.graph is not self:
             theirs, ours = ([(g.name, g.size) for g in x.groups] for x in (keep.graph, self))
             if theirs != ours:
                 raise MaskSparsityError(

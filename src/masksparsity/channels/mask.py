@@ -108,6 +108,7 @@ class KeepMask(Mapping[str, Tensor]):
         if tie not in _TIES:
             raise MaskSparsityError(f"tie={tie!r}: use one of {', '.join(_TIES)}")
         norms = {norm.module: norm for norm in graph.norms}
+        keep = {name: torch.as_tensor(values) for name, values in keep.items()}
         for name, values in keep.items():
             if name not in norms:
                 raise MaskSparsityError(

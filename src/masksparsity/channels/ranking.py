@@ -48,7 +48,10 @@ class Ranking:
             raise MaskSparsityError(f"a selector takes no {name}{hint(name)}")
         if graph.prunable and not scores:
             raise MaskSparsityError("no channel group has a score; scores.norm scores all filters")
+        scores = {name: torch.as_tensor(values) for name, values in scores.items()}
         ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+        if not (isinstance(min_keep, int) and isinstance(round_to, int)):
+            raise MaskSparsityError(f"min_keep={min_keep}, round_to={round_to}: whole numbers")
         if min_keep < 0 or round_to < 1:
             raise MaskSparsityError("min_keep is at least 0, round_to at least 1")
         shares = dict(max_pruned) if isinstance(max_pruned, Mapping) else {"": max_pruned}
@@ -61,7 +64,7 @@ class Ranking:
                     "print(graph) lists the groups"
                 )
         for name, share in shares.items():
-            if not 0 <= share <= 1:
+            if isinstance(share, str) or not 0 <= share <= 1:
                 raise MaskSparsityError(f"max_pruned of {name or 'all'} is {share}: not in [0, 1]")
         self.graph, self.round_to = graph, round_to
         self.groups = [g for g in graph.prunable if g.name in scores]

@@ -77,6 +77,10 @@ def taylor(
             measured = True
             with torch.enable_grad():
                 value = loss(model(images), labels)
+            if value.numel() != 1:
+                raise MaskSparsityError(
+                    f"scores.taylor: the loss is {[*value.shape]}, not a number"
+                )
             gradients = torch.autograd.grad(value, list(scales.values()), allow_unused=True)
             for (name, gamma), gradient in zip(scales.items(), gradients, strict=True):
                 if gradient is not None:

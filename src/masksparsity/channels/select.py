@@ -154,6 +154,8 @@ def _asked(
             "give one budget: pruned_macs, pruned_params, or pruned_latency with latency" + unknown
         )
     ((what, (share, cost)),) = asked.items()
+    if costs["latency"][1] is not None and what != "latency":
+        raise MaskSparsityError("latency= is for the budget pruned_latency, which is not given")
     if cost is None or share is None:
         raise MaskSparsityError("pruned_latency needs latency=, a function that measures a mask")
     _share(f"pruned_{what}", share)

@@ -28,7 +28,8 @@ def apply_mask(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> nn.Modu
     """A copy of `model` in which the removed channels are zero wherever they are produced: in
     filters, biases, scales and shifts; and, where zero does not stay zero on the way, as behind a
     sigmoid, wherever they are read. It computes what the slim model computes."""
-    graph.check(model, keep)
+    graph.check_mask(keep)
+    graph.check(model)
     masked = duplicate(unwrap(model))
     tensors = dict(named_tensors(masked))
     with torch.no_grad():
@@ -102,7 +103,8 @@ def remove(
 ) -> nn.Module:
     """`prune` without a word; with `made_up`, the first proof computes no convolution, wherever
     the model is from."""
-    graph.check(model, keep)
+    graph.check_mask(keep)
+    graph.check(model)
     made_up = made_up or (graph.made_up and not of_users(model))
     model = unwrap(model)
     for group, missed in zip(graph.groups, graph.branches.missed(keep.kept), strict=True):

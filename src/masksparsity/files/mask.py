@@ -10,7 +10,7 @@ from torch import Tensor
 
 from masksparsity.channels.groups import ChannelGraph
 from masksparsity.channels.mask import KeepMask
-from masksparsity.errors import MaskSparsityError
+from masksparsity.errors import MaskSparsityError, RunFailure
 
 from . import atomic, tensors
 
@@ -22,6 +22,9 @@ def save_mask(keep: KeepMask, path: str | Path, model: str | None = None) -> Non
     channel; the JSON holds what people read: selector, budget, cost, and kept of size per group.
     """
     stem = _stem(path)
+    file = stem.with_name(f"{stem.name}.safetensors")
+    if file.exists() and not any(name.startswith("group/") for name in tensors.read(file)[0]):
+        raise RunFailure(f"{file} holds something else than a mask; choose another name for it")
     dense, slim = keep.graph.cost(), keep.graph.cost(keep)
     bools = {f"group/{name}": values for name, values in keep.items()}
     bools |= {f"norm/{name}": values for name, values in keep.by_norm().items()}
@@ -36,7 +39,7 @@ def save_mask(keep: KeepMask, path: str | Path, model: str | None = None) -> Non
     }
     # The bools last: a mask exists once they do.
     atomic.write_json(stem.with_name(f"{stem.name}.json"), about)
-    tensors.write(stem.with_name(f"{stem.name}.safetensors"), bools)
+    tensors.write(file, bools)
 
 
 def load_mask(path: str | Path, graph: ChannelGraph) -> KeepMask:
@@ -109,4 +112,6 @@ def _rename(name: str) -> str:
 
 def _stem(path: str | Path) -> Path:
     path = Path(path)
+    if not path.name:
+        raise MaskSparsityError(f"{str(path)!r} is no name of a file")
     return path.with_suffix("") if path.suffix in (".json", ".safetensors") else path

@@ -23,6 +23,8 @@ def write(
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors, on the CPU, and the words. A missing or damaged file is named."""
+    if Path(path).is_dir():
+        raise MaskSparsityError(f"{path} is a folder, not a file")
     try:
         with safe_open(path, framework="pt") as file:
             # Cloned: where memory begins decides the last bits of some products.

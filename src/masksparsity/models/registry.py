@@ -61,9 +61,9 @@ class Constructor:
             raise MaskSparsityError(
                 f"model {self.name!r} does not take {dict(self.kwargs)}: {error}"
             ) from error
+        except MaskSparsityError:
+            raise
         except Exception as error:
-            if ":" not in self.name or isinstance(error, MaskSparsityError):
-                raise
             raise MaskSparsityError(
                 f"{self.name} raised {type(error).__name__}: {error}"
             ) from error

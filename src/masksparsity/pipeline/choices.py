@@ -52,7 +52,7 @@ def choose_mask(
                 pruned_macs=config.pruned_macs if of_macs else None,
                 pruned_params=config.pruned_params,
                 pruned_latency=config.pruned_latency,
-                latency=ms.latency(model, graph),
+                latency=ms.latency(model, graph) if config.pruned_latency else None,
                 per_cost=config.per_cost,
                 rounds=config.rounds,
                 **limits,

@@ -111,8 +111,10 @@ def _is_users(function: Any) -> bool:
 
 def batch_size(args: tuple, kwargs: dict) -> int:
     """The length of the first axis of the first input tensor that has another one."""
-    lengths = (x.shape[0] for x in tensors_in((args, kwargs)) if x.ndim > 1)
-    return max(1, next(lengths, 1))
+    length = next((x.shape[0] for x in tensors_in((args, kwargs)) if x.ndim > 1), 1)
+    if not length:
+        raise MaskSparsityError("example_inputs: there is no example in them")
+    return length
 
 
 def at_least_two(x: Any) -> Any:
