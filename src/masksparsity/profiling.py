@@ -28,7 +28,7 @@ class Profile(NamedTuple):
     """per example"""
     params: int
     latency_ms: float
-    """median of one forward on the given inputs"""
+    """median of one forward on the given inputs, all examples of them"""
     latency_spread_ms: tuple[float, float]
     """first and third quartile"""
     memory_mib: float

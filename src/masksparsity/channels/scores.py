@@ -21,7 +21,8 @@ _REDUCE = {"max": "amax", "mean": "mean", "sum": "sum", "min": "amin"}
 
 
 def scale(model: nn.Module, graph: ChannelGraph, reduce: str = "max") -> Scores:
-    """|gamma| of the BatchNorm scales (network slimming, arXiv 1708.06519).
+    """|gamma| of the BatchNorm scales (network slimming, arXiv 1708.06519). In a network that was
+    never trained all are alike, and say nothing.
 
     Raises:
         MaskSparsityError: there are none.
