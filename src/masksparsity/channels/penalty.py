@@ -195,14 +195,11 @@ def _scale_slots(
             "this model has no BatchNorm scales to penalise; use ScheduledDecay, which also drives "
             "filters to zero"
         )
-    bare = [
-        g for g in graph.prunable if not g.scales and keep is not None and not keep[g.name].all()
-    ]
-    if bare:
+    masked = [] if keep is None else [n for n, stays in keep.items() if not stays.all()]
+    if bare := [name for name in masked if not graph.by_name[name].scales]:
         warnings.warn(
-            f"masked channels of {', '.join(g.name for g in bare[:4])}"
-            f"{' and others' if len(bare) > 4 else ''} have no BatchNorm scale, and this penalty "
-            "drives no other parameter to zero; ScheduledDecay drives their filters, too",
+            f"masked channels of {', '.join(bare)} have no BatchNorm scale, and this penalty "
+            "drives nothing else to zero; ScheduledDecay drives their filters, too",
             stacklevel=4,
         )
     slots = {}
