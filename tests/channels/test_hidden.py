@@ -186,12 +186,24 @@ class Residual(nn.Module):
         return x + self.n(x) * self.p.view(1, -1, 1, 1)
 
 
-@pytest.mark.parametrize(
-    "norm",
-    [Residual, lambda: nn.InstanceNorm2d(8, affine=True), lambda: FrozenBatchNorm2d(8)],
-)
-def test_one_channel_left_of_an_instance_norm(norm):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm(), nn.Conv2d(8, 2, 1))
+class Windows(nn.Module):
+    """The largest of nine neighbours, by way of a view that takes them apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.unfold(x, 3, padding=1).view(len(x), -1, 9, *x.shape[2:]).amax(2)
+
+
+ALONE = {
+    "residual": Residual,
+    "instance norm": lambda: nn.InstanceNorm2d(8, affine=True),
+    "frozen norm": lambda: FrozenBatchNorm2d(8),
+    "windows": Windows,
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_one_channel_left(name):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), ALONE[name](), nn.Conv2d(8, 2, 1))
     x = torch.randn(3, 3, 7, 7, dtype=torch.double)
     graph = ms.trace(model.double(), x)
     keep = ms.KeepMask(graph, {"0": torch.arange(8) == 5})

@@ -26,8 +26,6 @@ def reshape(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bo
         for m in found:
             _unflatten(t, x, m, new)
         moved = [_view(x, m, new) for m in found]
-        if t.given:
-            moved = [_with_channels(m, new) for m in moved]
         t.set(out, moved)
         if tuple(x.shape) != new and not t.given:
             for m in moved:
@@ -40,6 +38,7 @@ def _view(x: Tensor, m: Labels, new: Sequence[int]) -> Labels:
     shape: list[int] = []
     expand: list[int] = []
     axes: set[int] = set()
+    lone: list[int] = []
     for olds, news in _runs(tuple(x.shape), tuple(new)):
         if m.axes.isdisjoint(olds):
             expand += [1] * len(olds)
@@ -49,21 +48,16 @@ def _view(x: Tensor, m: Labels, new: Sequence[int]) -> Labels:
             shape += [new[a] for a in news]
             # A lone channel has no axis longer than 1 to be recognised by.
             axes |= {a for a in news if new[a] > 1} or {news[0]}
+            lone += [a for a in news if new[a] == 1]
     ids = m.ids.expand(expand).reshape(shape)
-    if len(axes) > len(m.axes):  # the places of a window are of one channel
-        for a in sorted(axes):
-            first = ids.narrow(a, 0, 1)
-            if len(axes) > 1 and bool((ids == first).all()):
-                ids, axes = first, axes - {a}
-    return m._replace(ids=ids, axes=frozenset(axes))
-
-
-def _with_channels(m: Labels, shape: tuple[int, ...]) -> Labels:
-    """A lone channel that a view has laid along the batch lies along its own axis, as its
-    companions did."""
-    if m.axes != {0} or shape[1:2] != (1,) or bool((m.ids != m.ids[0]).any()):
-        return m
-    return m._replace(ids=m.ids[:1], axes=frozenset({1}))
+    # What is of one channel, as the places of a window or a batch that was laid beside it, is
+    # labelled by no axis of its own; of a lone channel that is another one than of several.
+    copies = bool(lone) and m.ids.numel() > 1 and bool((m.ids == m.ids.reshape(-1)[0]).all())
+    for a in sorted(axes) if copies or len(axes) > len(m.axes) else ():
+        first = ids.narrow(a, 0, 1)
+        if (copies or len(axes) > 1) and bool((ids == first).all()):
+            ids, axes = first, axes - {a}
+    return m._replace(ids=ids, axes=frozenset(axes or lone[:1]))
 
 
 def _runs(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
