@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import masksparsity as ms
 
@@ -29,15 +31,24 @@ def row(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
 
 
-def exact(model: nn.Module, x: Tensor, graph: ms.ChannelGraph, seeds: int = 3) -> None:
-    """For random masks, the masked and the slim network say the same, and something."""
+def exact(
+    model: nn.Module, x: Tensor, graph: ms.ChannelGraph, seeds: int = 3, counted: bool = True
+) -> None:
+    """For random masks, the masked and the slim network say the same, and something; and the slim
+    one costs what was told, as PyTorch's own counter has it."""
     for seed in range(seeds):
         keep = random_mask(graph, seed)
         with torch.no_grad():
             masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
             assert masked(x).abs().max() > 0
             assert _distance(masked(x), slim(x)) <= TOLERANCE
-        assert graph.cost(keep) == ms.trace(slim, x).cost()
+        cost = graph.cost(keep)
+        assert cost == ms.trace(slim, x).cost()
+        assert cost.params == sum(p.numel() for p in slim.parameters())
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            slim(x)
+        flops = counter.get_total_flops()
+        assert not counted or flops == pytest.approx(2 * len(x) * cost.macs, abs=2 * len(x))
 
 
 def traced(build: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor, ms.ChannelGraph]:

@@ -77,9 +77,9 @@ def _unbind(x: Tensor, m: Labels, dim: int = 0) -> list[Labels]:
 
 def _expand(x: Tensor, m: Labels, size: Sequence[int], **_: Any) -> Labels:
     shift = len(size) - x.ndim
-    return m._replace(
-        ids=m.ids.view([1] * shift + list(m.ids.shape)), axes=frozenset(a + shift for a in m.axes)
-    )
+    # One channel by itself, copied beside others, is labelled by no axis.
+    axes = [a + shift for a in m.axes if x.shape[a] > 1 or size[a + shift] in (1, -1)]
+    return m._replace(ids=m.ids.view([1] * shift + list(m.ids.shape)), axes=frozenset(axes))
 
 
 def _flip(x: Tensor, m: Labels, dims: Sequence[int]) -> Labels:

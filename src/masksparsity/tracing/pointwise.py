@@ -112,10 +112,17 @@ def _merge(
             axes = frozenset(a + shift for a in m.axes) if shift else m.axes
             for k, (other, other_axes, clean) in enumerate(merged):
                 if axes & other_axes and index not in clean:
-                    t.unite(ids, other)
+                    zeros = {**clean, index: m.clean}
                     if axes != other_axes:
+                        t.unite(ids, other)
                         other = torch.broadcast_tensors(ids, other)[1]
-                    merged[k] = (other, axes | other_axes, {**clean, index: m.clean})
+                    elif ids.numel() == other.numel():
+                        t.unite(ids, other)
+                    else:  # a channel by itself, such as a gate, meets several: they may go alone
+                        lone, other = sorted((ids, other), key=torch.numel)
+                        t.pin(lone, "one channel meets several")
+                        zeros |= dict.fromkeys([index] if lone is ids else clean, False)
+                    merged[k] = (other, axes | other_axes, zeros)
                     break
             else:
                 merged.append((ids, axes, {index: m.clean}))
