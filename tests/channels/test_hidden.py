@@ -226,6 +226,26 @@ class Recurrent(nn.Module):
         return self.out(y[0] if isinstance(y, tuple) else y)
 
 
+class OfInput(nn.Module):
+    """A recurrent cell on the network's input: its first hidden state is zeros beside that."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.Conv2d(9, 6, 3, padding=1), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x.new_zeros(len(x), self.out.in_channels, *x.shape[2:])
+        for _ in range(2):
+            hidden = self.cell(torch.cat([x, hidden], 1)).tanh()
+        return self.out(hidden)
+
+
+def test_a_recurrent_cell_may_read_the_input():
+    model, x, graph = traced(OfInput)
+    assert [(g.name, g.size) for g in graph.prunable] == [("cell", 6)]
+    exact(model, x, graph)
+
+
 KINDS = {
     "lstm": (nn.LSTM, {"bidirectional": True, "num_layers": 2}),
     "projected": (nn.LSTM, {"proj_size": 3}),

@@ -56,6 +56,34 @@ def test_a_literal_size_behind_a_norm_of_two_groups_is_found():
     assert not graph.prunable
 
 
+def _chunked(s: nn.Module, x: Tensor, n: int) -> Tensor:
+    first, second, *others = x.chunk(n, 1)
+    return torch.cat([first, s.m(second), *others], 1)
+
+
+CHOSEN = {
+    "two, written down": (2, lambda s, x: x.view(len(x), 2, *x.shape[2:]), {}),
+    "two, divided by": (2, lambda s, x: x / x.shape[1], {}),
+    "two, normalised": (2, lambda s, x: F.group_norm(x, 2), {}),
+    "the first": (16, lambda s, x: x + x[:, :1].sum(1, keepdim=True), {}),
+    "the last": (16, lambda s, x: x + x[:, -1:].norm(dim=1, keepdim=True), {}),
+    "uneven thirds": (32, lambda s, x: _chunked(s, x, 3), {"m": nn.Conv2d(11, 11, 1)}),
+    "uneven halves": (9, lambda s, x: _chunked(s, x, 2), {"m": nn.Conv2d(4, 4, 1)}),
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_the_masks_of_selectors_are_not_refused(name):
+    width, operation, own = CHOSEN[name]
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = Middle(operation, **own)
+        model.a, model.b = nn.Conv2d(3, width, 1), nn.Conv2d(width, 4, 1)
+        graph = ms.trace(model, torch.randn(2, 3, 6, 6))
+        for share in (0.3, 0.5):
+            ms.prune(model, graph, ms.select.uniform(graph, ms.scores.norm(model, graph), share))
+
+
 def test_a_size_in_an_attribute_follows():
     model = Literal(lambda s, x: x.view(len(x), s.inter, -1).mean(2), 24).double()
     x = torch.randn(2, 3, 8, 8, dtype=torch.double)

@@ -238,6 +238,33 @@ def test_what_is_divided_by_its_own_norm_does_not_go_altogether():
     )
 
 
+class Attending(nn.Module):
+    """A branch whose values lie beside what a product without weights sums over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.query, self.value = (
+            nn.Conv2d(i, o, 1) for i, o in ((3, 8), (8, 4), (8, 5))
+        )
+        self.back, self.out = nn.Conv2d(5, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        query, value = self.query(x).flatten(2), self.value(x).flatten(2)
+        read = value @ (query.mT @ query).softmax(-1)
+        return self.out(x + self.back(read.view(len(x), -1, *x.shape[2:])))
+
+
+def test_what_a_product_goes_on_with_keeps_a_channel():
+    """Torch would compute it with one of zeros, and the cost be another than told."""
+    inputs = torch.randn(2, 3, 6, 6)
+    model = Attending().eval()
+    graph = ms.trace(model, inputs)
+    keep = ms.select.threshold(graph, {"value": torch.zeros(5)}, 0.5, min_keep=0)
+    assert keep["value"].sum() == 1
+    assert graph.cost(keep) == ms.trace(ms.prune(model, graph, keep), inputs).cost()
+
+
 class Tied(nn.Module):
     """A residual block that comes back through the weight by which it went."""
 

@@ -18,7 +18,7 @@ from ..tracing.tracer import Tracer
 from .groups import ChannelGraph, ChannelGroup
 from .mask import KeepMask
 from .surgery import remove
-from .verify import Refusal
+from .verify import ALONE, Refusal
 
 _MOST = 64  # tries: what is refused then is refused when one prunes
 _ENOUGH = 2  # masks in a row that pass: one may fit by chance
@@ -43,6 +43,11 @@ def protect_what_is_refused(
             passed = 0
             why = f"code that does not follow other widths: {refusal.why}"[:160]
             reason = Reason(why, refusal.operation or "forward", refusal.module)
+            pairs = _pairs(tracer, graph, refusal) if refusal.why == ALONE else []
+            if pairs:  # which can lose one only
+                tracer.pins += [(ids, reason) for ids in pairs]
+                graph = solve()
+                continue
             if zeros:  # whose width may be written down
                 tracer.pins += [(ids, reason) for ids in zeros]
                 graph, zeros = solve(), []
@@ -79,11 +84,12 @@ def _some(graph: ChannelGraph, seed: int) -> KeepMask:
         rows += [c.pieces for c in graph.constraints if (c.pieces >= 0).all()]
         shares = shares[:1] * len(rows)
     keep = torch.ones(graph.units, dtype=torch.bool)
-    # One at least, though not one of two: a channel left alone is refused for its own sake.
-    sparing = [g.size == 2 and any(s.index.shape[1] == 1 for s in g.slices) for g in graph.groups]
-    sparing += [False] * (len(rows) - len(sparing))
-    for units, share, spare in zip(rows, shares, sparing, strict=True):
-        number = max(int(share * units.shape[1]), units.shape[1] > 1 + spare)
+    # What is taken by itself is gone in one mask and there in the next.
+    alone = [p.reshape(-1) for c in graph.cuts for p in c.pieces if p.shape[1] == 1]
+    picked = torch.cat([values.new_zeros(0).long(), *alone])
+    values[picked[picked >= 0]] = seed % 2 * 2.0 - 0.5
+    for units, share in zip(rows, shares, strict=True):
+        number = max(int(share * units.shape[1]), units.shape[1] > 1)
         least = values[units].argsort(1)[:, :number]
         keep[units] = True
         keep[units.gather(1, least)] = False
@@ -124,6 +130,13 @@ def _suspects(
     inside = f"{around}." if around else ""
     parts = [i for r in tracer.records if f"{r.module}.".startswith(inside) for i in r.ids]
     return parts + [c.whole for c in tracer.cuts if f"{c.module}.".startswith(inside)]
+
+
+def _pairs(tracer: Tracer, graph: ChannelGraph, refusal: Refusal) -> list[Tensor]:
+    """Labels of the groups of two that the operation which was refused reads."""
+    read = [graph.unit_of[ids.reshape(-1)] for ids in tracer.records[refusal.record].ids]
+    units = {*torch.cat(read).tolist()} if read else set()
+    return [_ids(tracer, graph, g) for g in graph.prunable if g.size == 2 and g.start in units]
 
 
 def _ids(tracer: Tracer, graph: ChannelGraph, group: ChannelGroup) -> Tensor:

@@ -30,7 +30,7 @@ class Branches:
         """`prunable`: is each group? `modules`: of each labelled axis, the type of the module that
         owns it; `pieces`: units whose counts are constrained; `layers`: of each the type of the
         module that runs it; `reading`: does each layer read channels of a group?"""
-        sides, axes, _ = (counter.matrix > 0).split(counter.parts)
+        sides, axes, rows = (counter.matrix > 0).split(counter.parts)
         self.outputs, self.inputs = sides[0::2], sides[1::2]
         """bool [layers, groups + 1]; the last column is of channels of no group."""
         # A depthwise layer reads what is of its own group: it hands on, and makes nothing.
@@ -41,6 +41,8 @@ class Branches:
         self.fixed |= axes[foreign].any(0)[:-1]
         foreign = torch.tensor([m not in _SILENT for m in layers], dtype=torch.bool)
         self.fixed |= sides[foreign.repeat_interleave(2)].any(0)[:-1]
+        beside = counter.beside[foreign]
+        self.fixed |= rows[beside[beside < len(rows)]].any(0)[:-1]
         self.fixed |= sides[sides.sum(1) > 1].any(0)[:-1]
         ends = counter.sizes.cumsum(0)
         for units in pieces:

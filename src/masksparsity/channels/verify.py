@@ -24,6 +24,8 @@ from .groups import ChannelGraph
 from .mask import KeepMask
 from .silence import silent_modules
 
+ALONE = "a channel that is left alone cannot be told from none: keep two there (min_keep=2)"
+
 
 class Refusal(MaskSparsityError):
     """The proof has failed, here."""
@@ -120,7 +122,6 @@ def _compare(
         "Choose equal counts in the pieces that meet there, or protect the channels with "
         "trace(..., protect=...)"
     )
-    alone = "a channel that is left alone cannot be told from none: keep two there (min_keep=2)"
     expected: dict[int, Tensor] = {}
     agreed: set[tuple[int, int]] = set()
     records, replayed = graph.records, tracer.records
@@ -144,7 +145,7 @@ def _compare(
         now = replayed[k]
         if (now.operation, len(now.ids)) != (dense.operation, len(dense.ids)):
             lone = any(_lone(i, graph, stays) for i in dense.ids)
-            refuse(alone if lone else "the slim model takes another way here")
+            refuse(ALONE if lone else "the slim model takes another way here")
         for before, after in zip(dense.ids, now.ids, strict=True):
             if (id(before), id(after)) in agreed:
                 continue
@@ -153,7 +154,7 @@ def _compare(
                 expected[id(before)] = flat[stays[flat]]
             if not torch.equal(expected[id(before)], after.reshape(-1)):
                 lone = _lone(before, graph, stays)
-                refuse(alone if lone else "it would read other channels than before")
+                refuse(ALONE if lone else "it would read other channels than before")
             agreed.add((id(before), id(after)))
         for before, shape, after in zip(dense.ids, dense.shapes, now.ids, strict=True):
             if shape is not None and not _aligned(stays[before].view(shape), after.shape):

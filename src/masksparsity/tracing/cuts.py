@@ -24,8 +24,10 @@ def split(t: Tracer, x: Tensor, m: Labels, sizes: Any, dim: int = 0) -> None:
     """The pieces of a split or a chunk; lengths that are listed may be written down."""
     if dim % x.ndim in m.axes:
         whole = rows(m.ids, dim)
-        listed = isinstance(sizes, (list, tuple))
-        t.cut(whole, whole.split(sizes, 1), sizes if listed else ())
+        listed, pieces = isinstance(sizes, (list, tuple)), whole.split(sizes, 1)
+        t.cut(whole, pieces, sizes if listed else ())
+        if not listed and pieces[-1].shape != pieces[0].shape:
+            t.pin(whole, "taken apart into pieces of unequal length")
 
 
 def slices(

@@ -17,7 +17,8 @@ def cat(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) 
     # Torch lets a 1-D empty placeholder stand among the parts; it holds nothing.
     parts = [x for x in args[0] if x.ndim == out.ndim]
     found = [t.labels(x) for x in parts]
-    if {m.axes for ms in found for m in ms} == {frozenset({dim})}:
+    along = {m.axes for ms in found for m in ms}
+    if along == {frozenset({dim})} or (not along and dim == 1 and out.ndim > 2):
         zeros = [() if ms else t.zeros_of(x, dim) for x, ms in zip(parts, found, strict=True)]
         found = [(z,) if z else ms for z, ms in zip(zeros, found, strict=True)]
     _join(t, out, dim, parts, [x.shape for x in parts], found)
