@@ -340,10 +340,18 @@ WHOLE = {
     "one channel, copied": lambda: Middle(
         lambda s, x: s.c(x)[:, :1].expand_as(x) * x, c=nn.Conv2d(8, 9, 1)
     ),
+    "as many as the last bits say": lambda: Middle(_chosen_by_rounding),
     "logsigmoid": lambda: Middle(lambda s, x: F.logsigmoid(x)),
     "rrelu": lambda: Middle(lambda s, x: F.rrelu(x)),
     "deformable": lambda: Middle(_deformable, w=row(8, 8, 3, 3), offset=nn.Conv2d(8, 18, 1)),
 }
+
+
+def _chosen_by_rounding(s: nn.Module, x: Tensor) -> Tensor:
+    chosen = (x.sum(1) > x.flip(1).sum(1)).nonzero()
+    marks = x.new_zeros(len(x), *x.shape[2:])
+    marks[tuple(chosen.T)] = 1
+    return x + 0 * marks.sum()
 
 
 @pytest.mark.parametrize("name", WHOLE)

@@ -67,6 +67,11 @@ NUMBERS = {
     "average of copies": lambda x: x * F.avg_pool1d(
         copies(x).movedim(0, -1).flatten(0, 3)[:, None], x.shape[1]
     ).view(x.shape) / x.shape[1],
+    "as many as there are": lambda x: x[:, :, torch.ones(x.shape[1]).nonzero().flatten() * 0],
+    "copies of what is chosen": lambda x: x * torch.ones(3).nonzero()[None].expand(
+        x.shape[1], -1, -1
+    ).add(1).sum(),
+    "what is chosen, times": lambda x: x * (torch.ones(3).nonzero() * x.shape[1]).sum(),
     "rows of zeros": lambda x: torch.cat([x, x.new_zeros(x.shape[1], *x.shape[1:])]).std(0) + x,
     "alpha of add": lambda x: torch.add(x, x.relu(), alpha=x.shape[1]),
     "alpha of sub": lambda x: torch.sub(x, x.relu(), alpha=1 / x.shape[1]),

@@ -40,6 +40,7 @@ class Findings:
         self.foreign = False  # parameters that are not the model's took part, too
         self.trained = 0  # forwards in train mode
         self.doubled = False  # of two examples, where there was one
+        self.loose: set[int] = set()  # lengths that values ask for
         self.decided = False  # values came to Python, which may have chosen its way by them
         self.depthwise: set[str] = set()  # weights of transposed convolutions
         self.suspects: dict[int, Tensor] = {}  # by id
@@ -108,17 +109,32 @@ def _to_nine_digits(number: float) -> Any:
     return float(f"{number:.9g}") if number == number else "nan"
 
 
+LOOSE = "_masksparsity_loose"
+"""On what has as many elements as values ask for, as `nonzero` gives, and on what is made of that:
+such lengths, which may differ by the last bits of these values."""
+
+
+def lengths(x: Tensor, axes: Iterable[int] | None = None) -> list[int]:
+    """The lengths of all axes, or of some, as far as they are the code's."""
+    sizes = [*x.shape] if axes is None else [x.shape[a] for a in axes]
+    loose = getattr(x, LOOSE, ())
+    return [n for n in sizes if n not in loose] if loose else sizes
+
+
 def aside(out: Tensor, labels: Iterable[Labels]) -> list[int]:
     """The lengths of the axes along which no channels lie, but of those that broadcast.
     `labels`: of what is broadcast to `out`."""
+    loose = getattr(out, LOOSE, ())
     # A lone channel may be labelled along another axis than its companions were.
     channels = {a - m.ids.ndim for m in labels for a in m.axes if m.ids.shape[a] > 1}
-    return [n for a, n in enumerate(out.shape, -out.ndim) if n > 1 and a not in channels]
+    sizes = enumerate(out.shape, -out.ndim)
+    return [n for a, n in sizes if n > 1 and a not in channels and n not in loose]
 
 
 def extents(x: Tensor) -> list[int]:
-    """The lengths of the axes; of those along which a tensor was expanded 1, as it has one value
-    there."""
+    """`lengths`, but 1 of axes along which a tensor was expanded, as it has one value there."""
     if x.layout != torch.strided:
-        return [*x.shape]
-    return [n if stride else 1 for n, stride in zip(x.shape, x.stride(), strict=True)]
+        return lengths(x)
+    loose = getattr(x, LOOSE, ())
+    sizes = zip(x.shape, x.stride(), strict=True)
+    return [n if stride else 1 for n, stride in sizes if n not in loose]

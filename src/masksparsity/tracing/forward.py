@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from .caches import computed_anew
-from .findings import aside, numbers
+from .findings import LOOSE, aside, numbers
 from .memory import root
 from .network import at_least_two, tensors_in
 from .origins import VIEWS
@@ -30,6 +30,9 @@ from .watch import ALONE, Calls, arrivals, assignments, escapes, inference_mode_
 from .writing import values_of
 
 _EMPTY = torch.ops.aten.empty.memory_format
+_Known = tuple[Rule | None, str, bool, tuple[int, ...], bool, bool]
+"""Of an operation: its rule and name; whether it is in place, the arguments that it writes to, and
+whether it gives them another shape; whether values may say how much it gives."""
 
 
 class Operations(TorchDispatchMode):
@@ -38,7 +41,7 @@ class Operations(TorchDispatchMode):
     def __init__(self, tracer: Tracer):
         super().__init__()
         self.tracer = tracer
-        self._known: dict[int, tuple[Rule | None, str, bool, tuple[int, ...], bool]] = {}
+        self._known: dict[int, _Known] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -51,7 +54,7 @@ class Operations(TorchDispatchMode):
         known = self._known.get(id(func))  # its own hash takes time
         if known is None:
             known = self._known[id(func)] = self._look_up(func)
-        rule, operation, inplace, writes, reshapes = known
+        rule, operation, inplace, writes, reshapes, loosens = known
         given = args
         if writes and ("batch_norm" not in operation or args[5]):  # to statistics, while training
             given = self._before(operation, writes, reshapes, args, kwargs)
@@ -64,6 +67,8 @@ class Operations(TorchDispatchMode):
             raise
         tracer.operation = operation
         every = (*args, *kwargs.values()) if kwargs else args
+        if tracer.loose or loosens:
+            self._loosen(loosens and operation, every, out)
         # What is lifted was made of numbers, which are recorded.
         tracer.origins = () if operation == "lift_fresh" else tracer.sources.of(every)
         first = len(tracer.records)
@@ -81,6 +86,20 @@ class Operations(TorchDispatchMode):
         recorded = [r.scalars for r in tracer.records[first:] if r.scalars]
         tracer.sources.follow(operation, inplace, tracer.origins, recorded, args, out)
         return out
+
+    def _loosen(self, maker: str | bool, args: Any, out: Any) -> None:
+        """Mark what has as many elements as values ask for, and what is made of that. `maker`: an
+        operation that may give such."""
+        tensors, loose = [*tensors_in(args)], self.tracer.loose
+        masks = any(x.dtype in (torch.bool, torch.uint8) for x in tensors[1:])
+        made = bool(maker) and (maker != "index" or masks)
+        if not made and not any(hasattr(x, LOOSE) for x in tensors):
+            return
+        for x in tensors_in(out):
+            if made or self.tracer.operation in ("cat", "slice"):
+                loose |= {*x.shape}.difference((1,), *(y.shape for y in tensors))
+            if x.ndim and id(x) not in self.tracer.names:
+                setattr(x, LOOSE, loose)
 
     def _before(
         self, operation: str, writes: tuple[int, ...], reshapes: bool, args: Any, kwargs: Any
@@ -102,10 +121,11 @@ class Operations(TorchDispatchMode):
         self.tracer.set(before, self.tracer.labels(args[0]))
         return before, *args[1:]
 
-    def _look_up(self, func: Any) -> tuple[Rule | None, str, bool, tuple[int, ...], bool]:
+    def _look_up(self, func: Any) -> _Known:
         base, inplace, writes, into = _schema(func)
         rule = None if into else self.tracer.rules.get(base)  # `out=`: others may view it
-        return rule, base, inplace, writes, torch.Tag.inplace_view in func.tags
+        loosens = torch.Tag.dynamic_output_shape in func.tags or base == "torchvision::nms"
+        return rule, base, inplace, writes, torch.Tag.inplace_view in func.tags, loosens
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .findings import lengths
 from .labels import ANONYMOUS, Labels
 from .movement import unsqueeze
 from .tracer import Rule, Tracer
@@ -42,7 +43,7 @@ def _join(
 ) -> None:
     labels = [m for ms in found for m in ms]
     if not labels:
-        t.record((), [n for shape in shapes for n in shape])
+        t.record((), [n for x in parts for n in lengths(x)])
         t.set(out, ())
         return
     t.record(labels)
@@ -85,7 +86,7 @@ def pad(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) 
     found = t.labels(x)
     over = frozenset().union(*(m.axes for m in found)) & padded
     beside = [w for k, w in enumerate(widths) if x.ndim - 1 - k // 2 not in over]
-    t.record(found, beside if found else [*x.shape, *widths])
+    t.record(found, beside if found else [*lengths(x), *widths])
     result = []
     for m in found:
         m = m._replace(clean=m.clean and value == 0)

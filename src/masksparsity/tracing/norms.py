@@ -14,8 +14,8 @@ def batch_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
     """Each channel by itself; with a scale, zero where scale and shift are."""
     x, weight, bias, *statistics = args[:5]
     ids, seen = t.read(x, 1, "normalised over channels")
-    lengths = aside(x, [seen]) if seen and args[5] else ()  # its own statistics depend on these
-    t.record((seen,) if seen else (), lengths)
+    counts = aside(x, [seen]) if seen and args[5] else ()  # its own statistics depend on these
+    t.record((seen,) if seen else (), counts)
     if seen and not seen.finite:  # a scale of zero does not help
         t.pin(ids, "infinite at zero")
     for tensor in (weight, *statistics):

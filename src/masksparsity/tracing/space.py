@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .findings import aside
+from .findings import aside, lengths
 from .labels import NOTHING, Labels
 from .tracer import Rule, Tracer
 
@@ -70,7 +70,7 @@ def _reduction(sums: bool, clean: bool = True) -> Rule:
         reduced = {d % x.ndim for d in dims}
         found = t.labels(x)
         t.record(found, [*sorted(reduced), *aside(x, found)] if found else
-                 [x.shape[d] for d in sorted(reduced)])  # fmt: skip
+                 lengths(x, sorted(reduced)))  # fmt: skip
         t.expose(found)
         result = []
         for m in found:
@@ -110,7 +110,7 @@ def softmax(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bo
     """Along channels it protects them: each value depends on all. Along other axes they pass."""
     x, axis = args[0], args[1] % args[0].ndim
     found = t.labels(x)
-    t.record(found, aside(x, found) if found else [x.shape[axis]])
+    t.record(found, aside(x, found) if found else lengths(x, [axis]))
     t.expose(found)
     result = []
     for m in found:
@@ -193,7 +193,7 @@ def order(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool) -
     x, place = args[0], 2 if op == "topk" else 1
     dim = (args[place] if len(args) > place else kwargs.get("dim", -1)) % x.ndim
     found = t.labels(x)
-    t.record(found, [dim, *(aside(x, found) if found else [x.shape[dim]])])
+    t.record(found, [dim, *(aside(x, found) if found else lengths(x, [dim]))])
     t.expose(found)
     t.pin([m for m in found if dim in m.axes], "in order over channels")
     passing = [m._replace(sources=frozenset()) for m in found if dim not in m.axes]
@@ -207,8 +207,8 @@ def fourier(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bo
     """Transforms along some axes: what others are labelled by passes."""
     x, dims = args[:2]
     found, over = t.labels(x), {d % x.ndim for d in dims}
-    lengths = aside(x, found) if found else [x.shape[d] for d in sorted(over)]
-    t.record(found, [*sorted(over), *lengths])
+    sizes = aside(x, found) if found else lengths(x, sorted(over))
+    t.record(found, [*sorted(over), *sizes])
     t.expose(found)
     t.pin([m for m in found if m.axes & over], "transformed over channels")
     t.set(out, [m._replace(sources=frozenset()) for m in found if not m.axes & over], inplace)

@@ -16,7 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import MaskSparsityError
-from .findings import Findings
+from .findings import LOOSE, Findings, lengths
 from .labels import ANONYMOUS, NOTHING, Labels, Reason, Slot
 from .memory import Memory, is_viewed, root
 from .network import tensors_in, tensors_of
@@ -303,7 +303,7 @@ class Tracer(Findings):
         for tensor in tensors_in((args, kwargs)):  # it may write, or show its memory
             self.memory.overwrite(tensor)
         # What it computes may follow from the width of a tensor of ones.
-        sizes = [n for t in tensors_in((args, kwargs)) if not self.labels(t) for n in t.shape]
+        sizes = [n for t in tensors_in((args, kwargs)) if not self.labels(t) for n in lengths(t)]
         if found or sizes:
             self.record(found, sizes)
         self.expose(found)
@@ -326,7 +326,7 @@ class Tracer(Findings):
     def forget(self, tensor: Tensor) -> None:
         """Take off what travels beside a tensor."""
         self.memory.forget(tensor)
-        for key in (_LABELS, ORIGIN, WRITTEN):
+        for key in (_LABELS, ORIGIN, WRITTEN, LOOSE):
             if hasattr(tensor, key):
                 delattr(tensor, key)
 
