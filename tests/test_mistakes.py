@@ -1,5 +1,6 @@
 """What a run says of settings and files that cannot be meant, and what it leaves alone."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,3 +76,11 @@ def test_a_stage_that_cannot_be_removed_is_named(
     with pytest.raises(RunFailure, match=r"cannot remove .*train: Permission denied"):
         RunDir(tmp_path).discard("train")
     assert (tmp_path / "train").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no fcntl")
+def test_a_stage_that_another_process_does_is_refused(tmp_path: Path) -> None:
+    work = Workspace(tiny(), tmp_path)
+    with work.runs.alone("train"), pytest.raises(RunFailure, match="another process works in"):
+        execute(work, "train")
+    execute(work, "train")

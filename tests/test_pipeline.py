@@ -209,14 +209,6 @@ def test_a_run_of_before_a_setting_was_there_has_its_default(
         run(Workspace(other, out))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="has no fcntl")
-def test_a_stage_that_another_process_does_is_refused(tmp_path: Path) -> None:
-    work = Workspace(tiny(), tmp_path)
-    with work.runs.alone("train"), pytest.raises(RunFailure, match="another process works in"):
-        execute(work, "train")
-    execute(work, "train")
-
-
 @pytest.mark.parametrize(
     ("file", "content"),
     [("result.json", "{}"), ("result.json", "[]"), ("metrics.jsonl", '{"epoch": 1, "tra')],
