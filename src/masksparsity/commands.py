@@ -175,6 +175,8 @@ def compare_masks(config: Flags, masks: Masks) -> None:
 def report(config: Flags, *, out: Path | None = None) -> None:
     """Write results.json and report.html of a run, complete or not, with the run's own settings.
 
+    Of the flags only --out and --recipe are for it; others are refused.
+
     Args:
         out: Run directory; runs/RECIPE if not given.
     """

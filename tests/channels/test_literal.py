@@ -79,9 +79,12 @@ def test_the_masks_of_selectors_are_not_refused(name):
         torch.manual_seed(seed)
         model = Middle(operation, **own)
         model.a, model.b = nn.Conv2d(3, width, 1), nn.Conv2d(width, 4, 1)
-        graph = ms.trace(model, torch.randn(2, 3, 6, 6))
+        x = torch.randn(2, 3, 6, 6)
+        graph = ms.trace(model, x)
         for share in (0.3, 0.5):
-            ms.prune(model, graph, ms.select.uniform(graph, ms.scores.norm(model, graph), share))
+            keep = ms.select.uniform(graph, ms.scores.norm(model, graph), share)
+            slim = ms.prune(model, graph, keep)
+            torch.testing.assert_close(slim(x), ms.apply_mask(model, graph, keep)(x))
 
 
 def test_a_size_in_an_attribute_follows():

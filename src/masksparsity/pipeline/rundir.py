@@ -41,12 +41,11 @@ class RunDir:
         """
         with contextlib.ExitStack() as stack:
             try:
-                if fcntl is None:
-                    raise OSError
                 self.folder(stage).mkdir(parents=True, exist_ok=True)
                 folder = os.open(self.folder(stage), os.O_RDONLY)
                 stack.callback(os.close, folder)
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if fcntl is not None:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunFailure(
                     f"another process works in {self.folder(stage)}: let it finish, or choose "

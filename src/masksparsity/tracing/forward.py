@@ -56,7 +56,7 @@ class Operations(TorchDispatchMode):
             known = self._known[id(func)] = self._look_up(func)
         rule, operation, inplace, writes, reshapes, loosens = known
         given = args
-        if writes and ("batch_norm" not in operation or args[5]):  # to statistics, while training
+        if writes and ("batch_norm" not in operation or args[5]):
             given = self._before(operation, writes, reshapes, args, kwargs)
         try:
             out = stand_in(*args) if func is CONVOLUTION and tracer.made_up else None
@@ -68,7 +68,7 @@ class Operations(TorchDispatchMode):
         tracer.operation = operation
         every = (*args, *kwargs.values()) if kwargs else args
         if tracer.loose or loosens:
-            self._loosen(loosens and operation, every, out)
+            self._loosen(loosens, every, out)
         # What is lifted was made of numbers, which are recorded.
         tracer.origins = () if operation == "lift_fresh" else tracer.sources.of(every)
         first = len(tracer.records)
@@ -87,12 +87,12 @@ class Operations(TorchDispatchMode):
         tracer.sources.follow(operation, inplace, tracer.origins, recorded, args, out)
         return out
 
-    def _loosen(self, maker: str | bool, args: Any, out: Any) -> None:
-        """Mark what has as many elements as values ask for, and what is made of that. `maker`: an
-        operation that may give such."""
+    def _loosen(self, makes: bool, args: Any, out: Any) -> None:
+        """Mark what has as many elements as values ask for, and what is made of that. `makes`:
+        whether the operation may give such."""
         tensors, loose = [*tensors_in(args)], self.tracer.loose
         masks = any(x.dtype in (torch.bool, torch.uint8) for x in tensors[1:])
-        made = bool(maker) and (maker != "index" or masks)
+        made = makes and (self.tracer.operation != "index" or masks)
         if not made and not any(hasattr(x, LOOSE) for x in tensors):
             return
         for x in tensors_in(out):
@@ -107,8 +107,6 @@ class Operations(TorchDispatchMode):
         """An operation is about to write, or to hand out an alias: keep what may be overwritten of
         the model's own, and what its rule has to know of a tensor that changes shape in place."""
         written = [args[k] for k in writes if k < len(args)]
-        if "batch_norm" in operation:
-            written = args[3:5]
         for x in (*written, *kwargs.values()):
             for tensor in x if isinstance(x, (list, tuple)) else (x,):
                 if isinstance(tensor, Tensor):
@@ -143,6 +141,7 @@ def _schema(func: Any) -> tuple[str, bool, tuple[int, ...], bool]:
     into = any(a.is_out for a in arguments)
     writes = mutable or base in ("detach", "alias") or "batch_norm" in base
     places = [k for k, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+    places = [3, 4] if "batch_norm" in base else places  # its statistics, while training
     return base, inplace, tuple(places or [0]) if writes else (), into
 
 

@@ -107,7 +107,7 @@ def index_put(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: 
                 t.unknown(args, kwargs, out)
                 return
             found.append(m._replace(ids=m.ids.reshape(sizes), axes=axes))
-        _lay(t, op, args, kwargs, out, inplace, {*block.places}, (value, found))
+        _lay(t, args, kwargs, out, inplace, {*block.places}, (value, found))
 
 
 def scatter(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
@@ -118,14 +118,14 @@ def scatter(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bo
         return
     t.mattered = True
     over, by = {dim % x.ndim}, (places, t.labels(places))
-    _lay(t, op, args, kwargs, out, inplace, over, _part(t, source), places=by)
+    _lay(t, args, kwargs, out, inplace, over, _part(t, source), places=by)
 
 
 def gather(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     """Values from where `places` says, along one axis."""
     x, dim, places = args[:3]
     t.mattered = True
-    _lay(t, op, args, kwargs, out, inplace, {dim % x.ndim}, places=(places, t.labels(places)))
+    _lay(t, args, kwargs, out, inplace, {dim % x.ndim}, places=(places, t.labels(places)))
 
 
 def index_add(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
@@ -135,12 +135,11 @@ def index_add(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: 
     if t.labels(places):
         t.unknown(args, kwargs, out)
         return
-    _lay(t, op, args, kwargs, out, inplace, {dim % x.ndim}, _part(t, source))
+    _lay(t, args, kwargs, out, inplace, {dim % x.ndim}, _part(t, source))
 
 
 def _lay(
     t: Tracer,
-    op: str,
     args: Any,
     kwargs: Any,
     out: Tensor,
@@ -168,9 +167,8 @@ def _lay(
         t.unknown(args, kwargs, out)
         return
     ids = found[0].ids
-    # How many values are put by an index may depend on values, whose last bits differ.
-    given = [] if "index_put" in op else [y for y, _ in tensors if isinstance(y, Tensor)]
-    t.record(found, [n for y in (out, *given) if y.ndim == out.ndim for n in aside(y, found)])
+    shaped = [y for y in (out, *(y for y, _ in tensors)) if getattr(y, "ndim", -1) == out.ndim]
+    t.record(found, [n for y in shaped for n in aside(y, found)])
     t.expose(found)
     for m in found[1:]:
         t.unite(m.ids, ids)

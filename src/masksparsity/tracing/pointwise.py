@@ -113,15 +113,17 @@ def _merge(
             for k, (other, other_axes, clean) in enumerate(merged):
                 if axes & other_axes and index not in clean:
                     zeros = {**clean, index: m.clean}
-                    if axes != other_axes:
-                        t.unite(ids, other)
-                        other = torch.broadcast_tensors(ids, other)[1]
-                    elif ids.numel() == other.numel():
-                        t.unite(ids, other)
-                    else:  # a channel by itself, such as a gate, meets several: they may go alone
-                        lone, other = sorted((ids, other), key=torch.numel)
+                    lone, several = sorted((ids, other), key=torch.numel)
+                    if axes == other_axes and lone.numel() < several.numel():
+                        # A channel by itself, such as a gate: the others may go without it.
                         t.pin(lone, "one channel meets several")
                         zeros |= dict.fromkeys([index] if lone is ids else clean, False)
+                        other = several
+                    else:
+                        t.unite(ids, other)
+                        other = (
+                            other if axes == other_axes else torch.broadcast_tensors(ids, other)[1]
+                        )
                     merged[k] = (other, axes | other_axes, zeros)
                     break
             else:
