@@ -79,6 +79,12 @@ class Arms:
     def at_once(self) -> Row:
         return self.masked("at-once", self.mask, penalty="decay", decay_span=1.0)
 
+    def taught(self) -> Row:
+        execute(self._work("ours", {"weights": self.dense, "mask": self.mask}), "mask-sparsify")
+        weights = self.out / "ours/mask-sparsify/model.safetensors"
+        finetune = replace(self.config.finetune, distill=0.5)
+        return self.removed("taught", weights, self.mask, "B + S (mask) + M + F", finetune)
+
     def l1_mask(self) -> Path:
         """The mask of the paper's own pipeline."""
         weights = self.sparsified("published", epochs=self._sum("s"))
@@ -161,6 +167,7 @@ class Arms:
         return row
 
     def _work(self, name: str, given: dict[str, Path], **sections: Any) -> Workspace:
+        given = {"teacher": self.dense, **given}  # read where a phase has a share for it
         work = Workspace(replace(self.config, **sections), self.out / name, given=given)
         work.data = self.base.data  # decoded once
         return work
@@ -187,7 +194,8 @@ ARMS: dict[str, Callable[[Arms], Row]] = {
     "l1-mask": Arms.ours_l1_mask,
     "uniform-mask": Arms.ours_uniform_mask,
     "at-once": Arms.at_once,
+    "taught": Arms.taught,
 }
 
 # Arms that share files -> the one that makes them.
-SHARES = {"l1-mask": "published", "uniform-mask": "uniform"}
+SHARES = {"l1-mask": "published", "uniform-mask": "uniform", "taught": "ours"}

@@ -17,6 +17,7 @@ them out as their authors do, s : m : f = 100 : 100 : 40, at the rates of sparsi
     l1-mask    ours with the mask of published, whose s epochs the finetuning gives up (ablation)
     uniform-mask  ours with the mask of uniform (ablation)
     at-once    ours with all masked channels decaying at once instead of in turn (ablation)
+    taught     ours, finetuned with half of the loss asking for the baseline's outputs (ablation)
 
 Last epoch everywhere. Goes on from what is complete under --runs; flags after the recipe go to its
 config. With --at-once N that many trainings of a process share the GPU (turns.py), and with

@@ -158,6 +158,10 @@ def test_prune_one_shot(shell: Shell, weights: Path, tmp_path: Path) -> None:
         (["inspect", "--mask.threshold=0.1"], "--mask.select budget: it is for threshold"),
         (["mask", "--mask.select", "uniform", "--mask.pruned_macs", "0.1"], "select uniform: it"),
         (["run", "--mask-sparsify.strength", "0.1"], "is for masked-l1 and proximal"),
+        (["run", "--finetune.temperature", "2"], "--finetune.distill 0.0: it is for more"),
+        (["run", "--finetune.distill", "2"], "distill is a share of the loss"),
+        (["finetune", "--teacher", "x.th"], "needs a share of the loss: --finetune.distill"),
+        (["train", "--teacher", "x.th"], "train takes no --teacher"),
     ],
 )
 def test_mistakes_exit_with_2_and_say_what(

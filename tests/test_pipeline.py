@@ -333,6 +333,28 @@ def test_scratch_and_one_shot(whole: Path, tmp_path: Path) -> None:
     assert work.trace(slim).cost().macs == result["macs"]["slim"]
 
 
+def test_the_dense_network_teaches_the_slim_one(whole: Path, tmp_path: Path) -> None:
+    given = {"weights": whole / "prune" / "model.safetensors"}
+    taught = replace(tiny().finetune, distill=0.5)
+    with pytest.raises(MaskSparsityError, match=r"needs the teacher of train, .* --teacher"):
+        execute(Workspace(tiny(finetune=taught), tmp_path / "alone", given=given), "finetune")
+
+    given["teacher"] = whole / "train" / "model.safetensors"
+    for name, finetune in (("plain", tiny().finetune), ("taught", taught)):
+        execute(Workspace(tiny(finetune=finetune), tmp_path / name, given=given), "finetune")
+    untaught = (whole / "finetune" / "model.safetensors").read_bytes()
+    assert (tmp_path / "plain" / "finetune" / "model.safetensors").read_bytes() == untaught
+    assert (tmp_path / "taught" / "finetune" / "model.safetensors").read_bytes() != untaught
+
+    # In a run it is the run's own baseline, and a change of either does the stage again.
+    copied = shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(MaskSparsityError, match=r"finetune.distill is 0.0 there and 0.5 here"):
+        run(Workspace(tiny(finetune=taught), copied))
+    run(Workspace(tiny(finetune=taught), copied), fresh=True)
+    again = (copied / "finetune" / "model.safetensors").read_bytes()
+    assert again == (tmp_path / "taught" / "finetune" / "model.safetensors").read_bytes()
+
+
 def test_removal_of_what_is_not_zero_warns(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ import tyro
 from masksparsity.commands import COMMANDS, NEED_DATA, files_of, misplaced, show
 from masksparsity.errors import MaskSparsityError, RunFailure
 from masksparsity.pipeline.config import READ_BY, Config
+from masksparsity.pipeline.rundir import FILES
 from masksparsity.pipeline.stages import STAGES
 from masksparsity.recipes import RECIPES, recipe
 from masksparsity.train import dist
@@ -50,7 +51,7 @@ def _dispatch(arguments: list[str]) -> None:
     config, rest = _config(name, rest)
     known = inspect.signature(command).parameters
     config = _with_model(config, name, rest)
-    for key in ("weights", "mask"):
+    for key in FILES:
         if name in STAGES and f"--{key}" in rest and key not in STAGES[name].inputs:
             raise MaskSparsityError(misplaced(name, key))
     _refuse_unread(config, name, rest)
@@ -108,10 +109,11 @@ def _refuse_unread(config: Config, command: str, arguments: list[str]) -> None:
         setting, *values = READ_BY[flag]
         section, _, field = setting.partition(".")
         value = given.get(setting) or getattr(getattr(config, section), field)
-        if value not in values:
+        if value not in values if values else str(value) in ("0", "0.0"):
             flag, setting = (name.replace("_", "-") for name in (flag, setting))
             raise MaskSparsityError(
-                f"--{flag} is not read with --{setting} {value}: it is for {' and '.join(values)}"
+                f"--{flag} is not read with --{setting} {value}: it is for "
+                f"{' and '.join(values) or 'more than that'}"
             )
 
 

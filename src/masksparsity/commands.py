@@ -1,5 +1,6 @@
 """The commands of the shell: one per stage, one for all of them, and tools to look at things."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,7 +17,7 @@ from masksparsity.pipeline import results, runner
 from masksparsity.pipeline.choices import choose_mask, read_mask
 from masksparsity.pipeline.config import Config
 from masksparsity.pipeline.origin import device_name
-from masksparsity.pipeline.rundir import CONFIG
+from masksparsity.pipeline.rundir import CONFIG, FILES
 from masksparsity.pipeline.stages import STAGES, measure
 from masksparsity.pipeline.workspace import Workspace
 from masksparsity.train import dist
@@ -49,22 +50,34 @@ class WithMask(Files):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WithBoth(WithMask, WithWeights):
-    """Of stages that start from both."""
+class WithTeacher(Files):
+    """Of stages that may be taught by another network."""
+
+    teacher: Path | None = None
+    """The dense network to learn from, instead of the run's own; for a share of distill above 0."""
 
 
 def misplaced(stage: str, key: str) -> str:
     """That a stage is given a file that it does not start from."""
-    instead = {"weights": "--model.weights", "mask": "--mask.file"}[key]
-    return f"{stage} takes no --{key}; did you mean {instead}?"
+    hint = {
+        "weights": "did you mean --model.weights?",
+        "mask": "did you mean --mask.file?",
+        "teacher": "mask-sparsify, finetune and scratch do",
+    }[key]
+    return f"{stage} takes no --{key}; {hint}"
 
 
+@functools.cache
 def files_of(name: str) -> type[Files]:
     """The files that a stage can be given."""
-    inputs = STAGES[name].inputs if name in STAGES else {}
-    return {
-        (): Files, ("weights",): WithWeights, ("mask",): WithMask, ("weights", "mask"): WithBoth
-    }[(*inputs,)]  # fmt: skip
+    inputs = STAGES[name].inputs if name in STAGES else ()
+    kinds: dict[str, type[Files]] = {
+        "weights": WithWeights,
+        "mask": WithMask,
+        "teacher": WithTeacher,
+    }
+    bases = (*(kinds[key] for key in inputs), Files)
+    return dataclass(frozen=True, kw_only=True)(type("Files", bases, {}))
 
 
 Flags = Annotated[Config, tyro.conf.arg(name="")]
@@ -100,13 +113,16 @@ def inspect(config: Flags) -> None:
     show(f"{whose}: {choose_mask(config.mask, model, graph)}")
 
 
-def prune(config: Flags, files: Annotated[WithBoth, AsFlags], *, one_shot: bool = False) -> None:
+def prune(config: Flags, files: Files, *, one_shot: bool = False) -> None:
     """Take the masked channels out, and count what the network gets right before and after.
 
     Args:
         one_shot: Choose the mask from the weights themselves, and train nothing.
     """
     _execute("one-shot" if one_shot else "prune", config, files)
+
+
+prune.__annotations__["files"] = Annotated[files_of("prune"), AsFlags]
 
 
 def evaluate(config: Flags, *, weights: Path | None = None) -> None:
@@ -202,11 +218,14 @@ def _stage(name: str) -> Callable[..., None]:
 
 
 def _execute(name: str, config: Config, files: Files) -> None:
-    inputs = {key: getattr(files, key, None) for key in ("weights", "mask")}
+    inputs = {key: getattr(files, key, None) for key in FILES}
     given = {key: path for key, path in inputs.items() if path is not None}
     for key in given.keys() - STAGES[name].inputs.keys():
         raise MaskSparsityError(misplaced(name, key))
-    runner.execute(Workspace(config, files.out, given=given), name, fresh=files.fresh)
+    work = Workspace(config, files.out, given=given)
+    if "teacher" in given.keys() - work.inputs(STAGES[name]).keys():
+        raise MaskSparsityError(f"--teacher needs a share of the loss: --{name}.distill 0.5")
+    runner.execute(work, name, fresh=files.fresh)
 
 
 def _report(work: Workspace) -> None:

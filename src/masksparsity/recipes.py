@@ -18,7 +18,7 @@ from masksparsity.pipeline.config import (
     ModelConfig,
     SparsifyConfig,
 )
-from masksparsity.train.config import Phase, TrainConfig
+from masksparsity.train.config import Phase, TaughtPhase, TrainConfig
 
 
 def digits_resnet20() -> Config:
@@ -35,8 +35,8 @@ def digits_resnet20() -> Config:
         sparsify=SparsifyConfig(epochs=30, lr=0.05, strength=2e-3),
         mask=MaskConfig(pruned_macs=0.5),
         mask_sparsify=MaskSparsifyConfig(epochs=30, lr=0.05),
-        finetune=Phase(epochs=20, lr=0.02),
-        scratch=Phase(epochs=80, lr=0.1),
+        finetune=TaughtPhase(epochs=20, lr=0.02),
+        scratch=TaughtPhase(epochs=80, lr=0.1),
     )
 
 
@@ -51,8 +51,8 @@ def _cifar10(name: str, model: str, pruned_macs: float, weight_decay: float = 1e
         mask_sparsify=MaskSparsifyConfig(
             epochs=40, lr=0.1, schedule="constant", decay_fraction=1.0, weight_decay=weight_decay
         ),
-        finetune=Phase(epochs=160, lr=0.1, weight_decay=weight_decay),
-        scratch=Phase(epochs=400, lr=0.1, warmup=5, weight_decay=weight_decay),
+        finetune=TaughtPhase(epochs=160, lr=0.1, weight_decay=weight_decay),
+        scratch=TaughtPhase(epochs=400, lr=0.1, warmup=5, weight_decay=weight_decay),
     )
 
 
@@ -93,10 +93,10 @@ def imagenet_resnet50() -> Config:
         sparsify=SparsifyConfig(**steps),
         mask=MaskConfig(select="threshold", threshold=0.01),
         mask_sparsify=MaskSparsifyConfig(**steps, penalty="masked-l1", strength=5e-4),
-        finetune=Phase(
+        finetune=TaughtPhase(
             epochs=40, lr=5e-4, schedule="step", steps=(0.25, 0.5, 0.75), precise_bn=8192
         ),
-        scratch=Phase(**steps),
+        scratch=TaughtPhase(**steps),
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from masksparsity.data import Data
 from masksparsity.train.config import Phase, TrainConfig
 from masksparsity.train.loop import fit
-from masksparsity.train.step import Step, create_optimizer
+from masksparsity.train.step import Step, Teacher, create_optimizer
 
 HEADER = Path(sysconfig.get_path("include")) / "Python.h"
 pytestmark = pytest.mark.skipif(
@@ -43,6 +43,20 @@ def test_compiled_equals_eager_to_rounding(plain: Callable[[], nn.Module]) -> No
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-5)
     for name, value in found[0][0].items():
         torch.testing.assert_close(found[1][0][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_teacher_says_the_same(plain: Callable[[], nn.Module]) -> None:
+    losses = []
+    for mode in ("eager", "compile"):
+        model, teacher = plain(), Teacher(plain().eval(), 0.5, 4.0)
+        optimizer = create_optimizer(model, Phase(epochs=1, lr=0.1))
+        config = TrainConfig(amp=False, step=mode)  # type: ignore[arg-type]
+        step = Step(model, optimizer, config, teacher)
+        torch.manual_seed(0)
+        for n in (32, 32, 5):
+            step(torch.randn(n, 1, 8, 8), torch.randint(4, (n,)), 0.1)
+        losses.append(step.read()[0])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_resumed_is_bit_identical(

@@ -1,7 +1,7 @@
 import pytest
 
 from masksparsity.errors import MaskSparsityError
-from masksparsity.train.config import Phase, TrainConfig
+from masksparsity.train.config import Phase, TaughtPhase, TrainConfig
 from masksparsity.train.schedule import learning_rate
 
 
@@ -29,5 +29,8 @@ def test_warmup_rises_from_a_tenth() -> None:
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(MaskSparsityError):
         Phase(**{"epochs": 1, "lr": 0.1} | wrong)  # type: ignore[arg-type]
+    for taught in ({"distill": 1.1}, {"temperature": 0}):
+        with pytest.raises(MaskSparsityError, match="share of the loss"):
+            TaughtPhase(**{"epochs": 1, "lr": 0.1} | taught)  # type: ignore[arg-type]
     with pytest.raises(MaskSparsityError, match="batch_size"):
         TrainConfig(batch_size=0)

@@ -7,7 +7,7 @@ from torch import nn
 from masksparsity.errors import MaskSparsityError
 from masksparsity.train import dist
 from masksparsity.train.config import Phase, TrainConfig
-from masksparsity.train.step import Step, create_optimizer, step_mode
+from masksparsity.train.step import Step, Teacher, create_optimizer, step_mode
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -81,3 +81,30 @@ def test_the_rate_may_be_a_tensor(network: Callable[[], nn.Module]) -> None:
     assert float(rate) == pytest.approx(0.02)
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_teacher_counts_for_its_share(network: Callable[[], nn.Module], share: float) -> None:
+    """Against the definition: cross-entropy with softened targets, less what the teacher's own
+    entropy is, times the square of the temperature."""
+    model, plain = network(), network()
+    torch.manual_seed(1)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval()
+    taught = Teacher(teacher, share, temperature=3.0)
+    phase = Phase(epochs=1, lr=0.1, momentum=0, weight_decay=0)
+    step = Step(model, create_optimizer(model, phase), TrainConfig(amp=False), taught)
+    images, labels = torch.randn(16, 1, 8, 8), torch.randint(4, (16,))
+    torch.manual_seed(0)
+    step(images, labels, 0.1)
+
+    torch.manual_seed(0)
+    outputs, targets = plain(images), (teacher(images).detach() / 3).softmax(1)
+    soft = -(targets * (outputs / 3).log_softmax(1)).sum(1).mean()
+    soft = soft + (targets * targets.log()).sum(1).mean()
+    loss = (1 - share) * nn.functional.cross_entropy(outputs, labels) + share * 9 * soft
+    loss.backward()
+    assert step.read()[0] == pytest.approx(loss.item(), rel=1e-5)
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert theirs.grad is not None
+        torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad)
+    assert all(p.grad is None for p in teacher.parameters())

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from masksparsity.data import DataConfig
 from masksparsity.errors import MaskSparsityError
 from masksparsity.pipeline.typed import build
-from masksparsity.train.config import Phase, TrainConfig
+from masksparsity.train.config import Phase, TaughtPhase, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class MaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskSparsifyConfig(Phase):
+class MaskSparsifyConfig(TaughtPhase):
     """MaskSparsity: the penalty on the masked scales alone, again from the baseline."""
 
     penalty: Literal["masked-l1", "proximal", "decay"] = "decay"
@@ -116,8 +116,11 @@ READ_BY: dict[str, tuple[str, ...]] = {
         ("mask_sparsify.decay_fraction", "mask_sparsify.decay_span"),
         ("mask_sparsify.penalty", "decay"),
     ),
+    **{f"{phase}.temperature": (f"{phase}.distill",)
+       for phase in ("mask_sparsify", "finetune", "scratch")},
 }  # fmt: skip
-"""Setting -> the setting that has to have one of the values behind it, or nothing reads it."""
+"""Setting -> the setting that has to have one of the values behind it, or, if there are none, must
+not be 0, or nothing reads it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +161,8 @@ class Config:
     mask_sparsify: MaskSparsifyConfig
     prune: PruneConfig = field(default_factory=PruneConfig)
     one_shot: OneShotConfig = field(default_factory=OneShotConfig)
-    finetune: Phase
-    scratch: Phase
+    finetune: TaughtPhase
+    scratch: TaughtPhase
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:

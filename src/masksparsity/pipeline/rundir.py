@@ -23,7 +23,7 @@ from masksparsity.train.loop import CHECKPOINT, METRICS, read_metrics
 
 CONFIG = "config.json"
 RESULT = "result.json"
-FILES = {"weights": "model.safetensors", "mask": "mask.json"}
+FILES = {"weights": "model.safetensors", "mask": "mask.json", "teacher": "model.safetensors"}
 
 
 class RunDir:

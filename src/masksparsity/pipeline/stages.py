@@ -19,6 +19,7 @@ from masksparsity.train.config import Phase
 from masksparsity.train.evaluate import evaluate
 from masksparsity.train.loop import fit
 from masksparsity.train.progress import Meter
+from masksparsity.train.step import Teacher
 
 Result = dict[str, Any]
 
@@ -60,7 +61,7 @@ def mask_sparsify(work: Workspace, folder: Path) -> Result:
     keep = read_mask(work.file(STAGES["mask-sparsify"], "mask"), graph)
     steps = config.epochs * len(work.data.training())
     penalty = create_penalty(config, model, graph, keep, steps)
-    result = _train(work, folder, model, config, penalty)
+    result = _train(work, folder, model, config, penalty, _teacher(work, "mask-sparsify"))
     return result | {"warnings": _warnings(model, keep)}
 
 
@@ -89,7 +90,8 @@ def one_shot(work: Workspace, folder: Path) -> Result:
 
 def finetune(work: Workspace, folder: Path) -> Result:
     """Train the slim network on."""
-    return _train(work, folder, _network(work, "finetune"), work.config.finetune)
+    model, teacher = _network(work, "finetune"), _teacher(work, "finetune")
+    return _train(work, folder, model, work.config.finetune, teacher=teacher)
 
 
 def scratch(work: Workspace, folder: Path) -> Result:
@@ -100,12 +102,13 @@ def scratch(work: Workspace, folder: Path) -> Result:
     # Slices of the dense network's random weights: their scale, which the dense widths set, does
     # not matter before a BatchNorm.
     slim = work.place(remove(model, graph, keep))
-    return _train(work, folder, slim, work.config.scratch)
+    return _train(work, folder, slim, work.config.scratch, teacher=_teacher(work, "scratch"))
 
 
 _COMMON = ("seed", "model", "data", "train")
 _DECAYED = {"weights": "mask-sparsify", "mask": "mask"}
-_MASKED = {"weights": "train", "mask": "mask"}
+_TAUGHT = {"teacher": "train"}  # if the phase asks for one
+_MASKED = {"weights": "train", "mask": "mask", **_TAUGHT}
 
 STAGES = {
     stage.name: stage
@@ -115,8 +118,8 @@ STAGES = {
         Stage("mask", mask, ("seed", "model", "mask"), {"weights": "sparsify"}),
         Stage("mask-sparsify", mask_sparsify, (*_COMMON, "mask_sparsify"), _MASKED),
         Stage("prune", prune, (*_COMMON, "prune"), _DECAYED),
-        Stage("finetune", finetune, (*_COMMON, "finetune"), {"weights": "prune"}),
-        Stage("scratch", scratch, (*_COMMON, "scratch"), {"mask": "mask"}),
+        Stage("finetune", finetune, (*_COMMON, "finetune"), {"weights": "prune", **_TAUGHT}),
+        Stage("scratch", scratch, (*_COMMON, "scratch"), {"mask": "mask", **_TAUGHT}),
         Stage("one-shot", one_shot, (*_COMMON, "mask", "prune", "one_shot"), {"weights": "train"}),
     )
 }
@@ -139,14 +142,31 @@ def _network(work: Workspace, stage: str) -> nn.Module:
     return work.network(work.file(STAGES[stage], "weights"))
 
 
+def _teacher(work: Workspace, stage: str) -> Teacher | None:
+    """The dense network, if the stage's phase asks for it."""
+    if "teacher" not in work.inputs(STAGES[stage]):
+        return None
+    phase = getattr(work.config, STAGES[stage].sections[-1])
+    model = work.network(work.file(STAGES[stage], "teacher"))
+    work.check(model)
+    return Teacher(model.eval(), phase.distill, phase.temperature)
+
+
 def _train(
-    work: Workspace, folder: Path, model: nn.Module, phase: Phase, penalty: Penalty | None = None
+    work: Workspace,
+    folder: Path,
+    model: nn.Module,
+    phase: Phase,
+    penalty: Penalty | None = None,
+    teacher: Teacher | None = None,
 ) -> Result:
     """Train for `phase`, settle the statistics, save, and count what came out."""
     work.check(model)
     if phase.epochs:
-        config = work.config
-        fit(model, work.data, phase, config.train, folder=folder, seed=config.seed, penalty=penalty)
+        fit(
+            model, work.data, phase, work.config.train, folder=folder, seed=work.config.seed,
+            penalty=penalty, teacher=teacher,
+        )  # fmt: skip
         _recalibrate(work, model, phase.precise_bn)
     _save(folder, model)
     return measure(work, model)

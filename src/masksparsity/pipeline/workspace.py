@@ -61,7 +61,12 @@ class Workspace:
         """Where each input of `stage` comes from: a given file, or the stage of that name."""
         if stage.name == "mask" and self.config.mask.file:
             return {}
-        return {name: self.given.get(name, maker) for name, maker in stage.inputs.items()}
+        taught = getattr(getattr(self.config, stage.sections[-1]), "distill", 0)
+        return {
+            name: self.given.get(name, maker)
+            for name, maker in stage.inputs.items()
+            if taught or name != "teacher"
+        }
 
     def file(self, stage: Stage, name: str) -> Path:
         """The file of the input `name`, which is there."""

@@ -60,3 +60,20 @@ class Phase:
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.lr <= 0 or self.precise_bn < 0:
             raise MaskSparsityError("epochs and precise_bn cannot be negative, lr must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaughtPhase(Phase):
+    """One in which the dense network may teach: knowledge distillation (Hinton et al., 2015)."""
+
+    distill: float = 0.0
+    """Share of the loss that asks for the dense network's outputs instead of the labels; 0: no
+    teacher."""
+    temperature: float = 4.0
+    """distill: what both networks' scores are divided by; the higher, the more the wrong classes
+    count."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 <= self.distill <= 1 and self.temperature > 0):
+            raise MaskSparsityError("distill is a share of the loss, temperature above 0")

@@ -18,7 +18,7 @@ from masksparsity.train.config import Phase, TrainConfig
 from masksparsity.train.evaluate import evaluate
 from masksparsity.train.progress import Meter
 from masksparsity.train.schedule import learning_rate
-from masksparsity.train.step import Step, create_optimizer
+from masksparsity.train.step import Step, Teacher, create_optimizer
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
@@ -82,6 +82,7 @@ def fit(
     folder: Path,
     seed: int,
     penalty: Penalty | None = None,
+    teacher: Teacher | None = None,
 ) -> None:
     """Train `model` in place for one phase, or for what the checkpoint in `folder` leaves of it.
 
@@ -95,7 +96,7 @@ def fit(
     state.resume()
 
     train = data.training()
-    step = Step(dist.wrap(model), optimizer, config)
+    step = Step(dist.wrap(model), optimizer, config, teacher)
     first, batches = len(state.history), len(train) + len(data.test)
     with Meter(folder.name, phase.epochs * batches, first * batches) as meter:
         for epoch in range(first, phase.epochs):
