@@ -25,7 +25,7 @@ def test_warmup_rises_from_a_tenth() -> None:
     assert [learning_rate(phase, e) for e in (0, 1, 2, 9)] == pytest.approx([0.1, 0.55, 1, 1])
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": -1}, {"lr": 0}, {"precise_bn": -1}])
+@pytest.mark.parametrize("wrong", [{"epochs": -1}, {"lr": 0}, {"precise_bn": -1}, {"ema": 1}])
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(MaskSparsityError):
         Phase(**{"epochs": 1, "lr": 0.1} | wrong)  # type: ignore[arg-type]

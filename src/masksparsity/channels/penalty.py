@@ -79,8 +79,8 @@ class Penalty(ABC):
     """Per parameter: 1 where it is driven to zero, 0 elsewhere; broadcasts to the parameter."""
     shows_mask = ""
     """What of its state is zero where nothing is driven to zero, and nowhere else."""
-    drives_buffers = False
-    """Else one is like a frozen parameter."""
+    reaches_zero = True  # exactly, if it is given the steps
+    drives_buffers = False  # else one is like a frozen parameter
 
     def __init__(self, model: nn.Module, slots: Mapping[tuple[str, int], Tensor]):
         tensors = dict(named_tensors(unwrap(model)))
@@ -233,6 +233,8 @@ class MaskedL1(Penalty):
     Under momentum the scales hover about zero in a band of `lr * strength / (1 - momentum)` and
     the shifts are free: removal is not exact. `Proximal` and `ScheduledDecay` reach zero.
     """
+
+    reaches_zero = False
 
     @torch.inference_mode(False)  # whose tensors no step could write to
     def __init__(

@@ -56,10 +56,15 @@ class Phase:
     """L2 on every parameter."""
     precise_bn: int = 0
     """Training images over which to recompute BatchNorm statistics at the end; 0 keeps them."""
+    ema: float = 0.0
+    """What stays, at each step, of a moving average of the weights, which the phase then ends with;
+    0: none."""
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.lr <= 0 or self.precise_bn < 0:
             raise MaskSparsityError("epochs and precise_bn cannot be negative, lr must be positive")
+        if not 0 <= self.ema < 1:
+            raise MaskSparsityError("ema is the share of an average that stays: below 1")
 
 
 @dataclass(frozen=True, kw_only=True)

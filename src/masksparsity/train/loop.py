@@ -15,6 +15,7 @@ from masksparsity.errors import MaskSparsityError, RunFailure
 from masksparsity.files import atomic, checkpoint
 from masksparsity.train import dist
 from masksparsity.train.config import Phase, TrainConfig
+from masksparsity.train.ema import Ema
 from masksparsity.train.evaluate import evaluate
 from masksparsity.train.progress import Meter
 from masksparsity.train.schedule import learning_rate
@@ -25,18 +26,21 @@ METRICS = "metrics.jsonl"
 
 
 class State:
-    """Everything that a resumed run needs: weights, optimizer, penalty, and the epochs so far."""
+    """Everything that a resumed run needs: weights and their average, optimizer, penalty, and the
+    epochs so far."""
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         penalty: Penalty | None,
+        ema: Ema | None,
         folder: Path,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.penalty = penalty
+        self.ema = ema
         self.folder = folder
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.history: list[dict[str, Any]] = []
@@ -51,6 +55,8 @@ class State:
                 checkpoint.load_optimizer_state(self.optimizer, self.names, saved["optimizer"])
                 if self.penalty is not None:
                     self.penalty.load_state_dict(saved["penalty"])
+                if self.ema is not None:
+                    self.ema.network.load_state_dict(saved["ema"])
                 self.history = saved["history"]
             except (KeyError, RuntimeError) as error:
                 raise MaskSparsityError(
@@ -66,6 +72,7 @@ class State:
                 "model": self.model.state_dict(),
                 "optimizer": checkpoint.optimizer_state(self.optimizer, self.names),
                 "penalty": self.penalty.state_dict() if self.penalty is not None else None,
+                "ema": self.ema.network.state_dict() if self.ema is not None else None,
                 "history": self.history,
             }
             checkpoint.write(self.folder / CHECKPOINT, tree)
@@ -92,7 +99,9 @@ def fit(
     optimizer = create_optimizer(model, phase)
     if penalty is not None:
         penalty.attach(optimizer)
-    state = State(model, optimizer, penalty, folder)
+    ema = Ema(model, phase.ema, penalty) if phase.ema else None
+    trained = model if ema is None else ema.network
+    state = State(model, optimizer, penalty, ema, folder)
     state.resume()
 
     train = data.training()
@@ -107,13 +116,16 @@ def fit(
             for batch, (images, labels) in enumerate(train.epoch(epoch), 1):
                 lr = learning_rate(phase, epoch + (batch - 1) / len(train))
                 step(images, labels, lr)
+                if ema is not None:
+                    ema.update()
                 meter.advance()
                 if batch % config.log_every == 0:
                     _finite(step.read()[0], folder, epoch, phase)
 
             loss, accuracy = step.read()
-            dist.share_buffers(model)
-            test = evaluate(model, data.test, meter.advance, amp=config.amp)
+            for network in dict.fromkeys((model, trained)):
+                dist.share_buffers(network)
+            test = evaluate(trained, data.test, meter.advance, amp=config.amp)
             _finite(loss + test.loss, folder, epoch, phase)
             state.save(
                 {
@@ -129,6 +141,8 @@ def fit(
             meter.tell(f"epoch {epoch + 1}  loss {loss:.3f}  test {test.accuracy:.2%}")
     if penalty is not None:
         penalty.detach()
+    if ema is not None:
+        model.load_state_dict(ema.network.state_dict())
 
 
 def _finite(loss: float, folder: Path, epoch: int, phase: Phase) -> None:
