@@ -168,6 +168,7 @@ def test_what_is_scripted_keeps_its_width():
     graph = ms.trace(model, torch.randn(1, 3, 4, 4))
     assert [g.name for g in graph.prunable] == ["2.0"]
     assert "prune first, then script" in str(graph.by_name["1.0"].reason)
+    assert graph.cost().params == sum(p.numel() for p in model.parameters())
     assert not ms.trace(torch.jit.script(bottleneck()), torch.randn(1, 8, 4, 4)).prunable
     free_and_exact(lambda s, x: s.f(x), f=torch.jit.script(_swish))  # a function has no width
 
