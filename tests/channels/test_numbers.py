@@ -38,6 +38,12 @@ def shared(x: Tensor) -> Tensor:
     return filled(x, torch.as_tensor(memory := np.zeros(1)), memory)
 
 
+def beside(x: Tensor) -> Tensor:
+    chosen = torch.arange(6).nonzero()
+    both = torch.cat([chosen.to(x), x[0].flatten(1)[:, :5].mT], 1)
+    return x * chosen.expand(-1, both.shape[1]).sum(1).max()
+
+
 def copies(x: Tensor) -> Tensor:
     """As many as it has channels, by the dense order of axes."""
     return x[None].repeat(x.shape[-3], *[1] * x.ndim)
@@ -72,6 +78,7 @@ NUMBERS = {
         x.shape[1], -1, -1
     ).add(1).sum(),
     "what is chosen, times": lambda x: x * (torch.ones(3).nonzero() * x.shape[1]).sum(),
+    "as wide as what stands beside it": lambda x: beside(x),
     "rows of zeros": lambda x: torch.cat([x, x.new_zeros(x.shape[1], *x.shape[1:])]).std(0) + x,
     "alpha of add": lambda x: torch.add(x, x.relu(), alpha=x.shape[1]),
     "alpha of sub": lambda x: torch.sub(x, x.relu(), alpha=1 / x.shape[1]),

@@ -96,8 +96,12 @@ class Operations(TorchDispatchMode):
         if not made and not any(hasattr(x, LOOSE) for x in tensors):
             return
         for x in tensors_in(out):
-            if made or self.tracer.operation in ("cat", "slice"):
+            if made:
                 loose |= {*x.shape}.difference((1,), *(y.shape for y in tensors))
+            elif self.tracer.operation in ("cat", "slice"):
+                axis = args[1] if len(args) > 1 else 0
+                if any(y.ndim == x.ndim and y.shape[axis] in loose for y in tensors):
+                    loose.add(x.shape[axis])
             if x.ndim and id(x) not in self.tracer.names:
                 setattr(x, LOOSE, loose)
 
