@@ -273,6 +273,43 @@ def test_recurrent_layers_read_channels_and_keep_their_units(name, dtype):
     assert slim.r.hidden_size == 5
 
 
+def test_a_refusal_behind_a_recurrent_layer():
+    """In double precision, as the proof runs, it is other operations than it was when traced."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.lstm = nn.Linear(3, 16), nn.LSTM(16, 6)
+            self.f, self.b = nn.Linear(6, 16), nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.b(self.f(self.lstm(y)[0]).reshape(y.shape))
+
+    graph = ms.trace(Masked(), torch.randn(5, 1, 3))
+    assert "does not follow other widths" in str(graph.by_name["f"].reason)
+
+
+def test_a_layer_without_a_weight_until_its_hook_runs():
+    def computed(layer: nn.Conv2d) -> nn.Conv2d:
+        layer.weight_orig = nn.Parameter(layer._parameters.pop("weight").data)
+        layer.register_forward_pre_hook(lambda m, _: setattr(m, "weight", m.weight_orig * 0.5))
+        return layer
+
+    class Scales(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.to_rgb = nn.Conv2d(3, 8, 1), nn.ModuleList()
+            self.to_rgb.extend(computed(nn.Conv2d(8, 3, 1)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.to_rgb[1](self.a(x)).mean((2, 3))
+
+    model, x = Scales().double(), torch.randn(2, 3, 4, 4, dtype=torch.double)
+    exact(model, x, graph := ms.trace(model, x))
+    assert [g.size for g in graph.prunable] == [8]
+
+
 def test_a_report_tells_what_was_not_used():
     class Other(Middle):
         def __init__(self) -> None:

@@ -13,6 +13,7 @@ from .test_exact import _distance, attempt
 from .test_writing import written
 
 SQUARE, LINE = row(8, 8, 3, 3), row(8, 8)
+GRID = torch.arange(64.0).view(8, 8)
 
 
 def width(x: Tensor, *pair):
@@ -112,6 +113,12 @@ NUMBERS = {
     "expanded": lambda x: x[:, :, :1].expand(-1, -1, x.shape[1], -1),
     "viewed": lambda x: x.view(*x.shape[:2], -1, width(x, 8, 4)),
     "stacked": lambda x: torch.cat([x, x.relu()], width(x, 2, 3)),
+    "axis of a maximum": lambda x: x * GRID.amax(width(x, 0, 1))[3],
+    "axes of a mean": lambda x: x * GRID.mean((width(x, 0, 1),))[3],
+    "axis of a norm": lambda x: x * torch.linalg.vector_norm(GRID, dim=width(x, 0, 1))[3],
+    "turned": lambda x: x * torch.rot90(GRID, 1, width(x, (0, 1), (1, 0)))[2, 3],
+    "seed": lambda x: x * torch.rand(1, generator=torch.Generator().manual_seed(x.shape[1])),
+    "offset": lambda x: x * GRID.as_strided((1,), (1,), x.shape[1]),
     "softmax": lambda x: x.softmax(width(x, 2, 3)) * x,
     "pooled zeros": lambda x: F.adaptive_avg_pool2d(
         torch.cat([x, x.new_zeros(*x.shape[:2], x.shape[1], 8)], 2), 6

@@ -117,7 +117,7 @@ def _suspects(
         entered = [g for g in graph.prunable if units & {*range(g.start, g.start + g.size)}]
         return [_ids(tracer, graph, group) for group in entered]
     if level == 1:
-        return [*tracer.records[refusal.record].ids] if refusal.record >= 0 else []
+        return [*refusal.read]
     if level == 2:
         return [c.whole for c in tracer.cuts if c.module in alike]
     if level == 3:
@@ -134,7 +134,7 @@ def _suspects(
 
 def _pairs(tracer: Tracer, graph: ChannelGraph, refusal: Refusal) -> list[Tensor]:
     """Labels of the groups of two that the operation which was refused reads."""
-    read = [graph.unit_of[ids.reshape(-1)] for ids in tracer.records[refusal.record].ids]
+    read = [graph.unit_of[ids.reshape(-1)] for ids in refusal.read]
     units = {*torch.cat(read).tolist()} if read else set()
     return [_ids(tracer, graph, g) for g in graph.prunable if g.size == 2 and g.start in units]
 

@@ -57,7 +57,8 @@ def rebuild(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
                 if isinstance(hook, _COMPUTING):
                     hook(after, ())
             fix = next((ATTRIBUTES[t] for t in type(after).__mro__ if t in ATTRIBUTES), None)
-            if fix is not None:
+            unmade = isinstance(after, _WITH_WEIGHT) and not hasattr(after, "weight")
+            if fix is not None and not unmade:  # by a hook that has not run yet
                 fix(before, after)
     return slim
 
@@ -103,6 +104,8 @@ def _recurrent(old: Any, new: Any) -> None:
 def _prelu(old: Any, new: Any) -> None:
     new.num_parameters = len(new.weight)
 
+
+_WITH_WEIGHT = (nn.modules.conv._ConvNd, nn.Linear)
 
 ATTRIBUTES: dict[type, Callable[[Any, Any], None]] = {
     nn.modules.conv._ConvNd: _conv,

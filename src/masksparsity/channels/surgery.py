@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from ..errors import MaskSparsityError
 from ..tracing.copies import duplicate
 from ..tracing.network import like, named_tensors, of_users, tensors_in, unwrap
-from ..tracing.state import evaluating, undisturbed
+from ..tracing.state import evaluating, made_anew, undisturbed, untouched
 from . import constraints as limits
 from .absorb import absorb as hand_over
 from .groups import ChannelGraph
@@ -37,7 +37,7 @@ def apply_mask(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> nn.Modu
             gone = (~keep.slot(name, axis)).nonzero().squeeze(1)
             if len(gone):
                 tensors[name].index_fill_(axis, gone.to(tensors[name].device), 0)
-    return masked
+    return made_anew(masked)
 
 
 def prune(
@@ -123,7 +123,8 @@ def remove(
         if not kept.all():
             kept_of.setdefault(name, []).append((axis, kept.nonzero().squeeze(1)))
     now = dict(named_tensors(model))
-    slim = rebuild(model, {n: kept_part(now[n].detach(), axes) for n, axes in kept_of.items()})
+    parts = {n: kept_part(now[n].detach(), axes) for n, axes in kept_of.items()}
+    slim = made_anew(rebuild(model, parts))
     with undisturbed(model):
         _settle(model, slim, graph, keep, made_up)
     if optimizer is not None:
@@ -236,5 +237,5 @@ def _outputs(net: nn.Module, graph: ChannelGraph) -> list[Tensor]:
         return x + torch.randn(x.shape, generator=generator).to(x)
 
     args, kwargs = tree_map(noisy, like(graph.example, net))
-    with evaluating(net.modules()), torch.no_grad():
+    with untouched(net), evaluating(net.modules()), torch.no_grad():
         return list(tensors_in(net(*args, **kwargs)))

@@ -36,14 +36,15 @@ class Refusal(MaskSparsityError):
         operation: str,
         module: str,
         remedy: str,
-        record: int,
+        read: tuple[Tensor, ...] = (),
         entered: Tensor | None = None,
     ):
         place = f"{operation} in {module or 'the model itself'}" if operation else module
         super().__init__(f"refused: {why} ({place}). {remedy}")
         self.why, self.operation, self.module = why, operation, module
-        self.record = record
-        """Number of the record that differs; where the slim model does not run, the last one."""
+        self.read = read
+        """Labels that the operation read in the dense model; where the slim one does not run, those
+        of the last one that did."""
         self.entered = torch.zeros(0, dtype=torch.int64) if entered is None else entered
         """Units that flowed into the operation that raised."""
 
@@ -65,7 +66,6 @@ def records_now(model: nn.Module, graph: ChannelGraph) -> tuple[Record, ...]:
             module or "the model itself",
             "Where forward was put into an object as a function that holds the model, write it as "
             "a method",
-            -1,
         )
     _stays(tracer.pins, tracer, graph)
     return tuple(tracer.records)
@@ -106,7 +106,7 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask, made_up: bool = 
             tracer.failed or "",
             "A size that is written down in forward, or in an operation that is not traced, has to "
             "follow the tensors; or protect the channels with trace(..., protect=...)",
-            len(tracer.records) - 1,
+            _last_read(graph, tracer),
             torch.cat(entered) if entered else None,
         ) from failure
 
@@ -135,8 +135,8 @@ def _compare(
         replayed = [*filter(tells, replayed)]
     for k, dense in enumerate(records):
 
-        def refuse(why: str, k: int = k, dense: Record = dense) -> NoReturn:
-            raise Refusal(why, dense.operation, dense.module, remedy, k)
+        def refuse(why: str, dense: Record = dense) -> NoReturn:
+            raise Refusal(why, dense.operation, dense.module, remedy, dense.ids)
 
         if k >= len(replayed):
             if ran:
@@ -166,7 +166,7 @@ def _compare(
     if len(replayed) > len(records):
         extra = replayed[len(records)]
         why = "the slim model takes another way here"
-        raise Refusal(why, extra.operation, extra.module, remedy, len(records) - 1)
+        raise Refusal(why, extra.operation, extra.module, remedy, records[-1].ids)
 
 
 def _stays(found: list[tuple[Tensor, Reason]], tracer: Tracer, graph: ChannelGraph) -> None:
@@ -179,7 +179,12 @@ def _stays(found: list[tuple[Tensor, Reason]], tracer: Tracer, graph: ChannelGra
         units = graph.unit_of[ids.reshape(-1)]
         if free[units].any():
             remedy = "Protect these channels with trace(..., protect=...)"
-            raise Refusal(*reason, remedy, len(tracer.records) - 1, units)
+            raise Refusal(*reason, remedy, _last_read(graph, tracer), units)
+
+
+def _last_read(graph: ChannelGraph, tracer: Tracer) -> tuple[Tensor, ...]:
+    """By the operation of the dense model that is as far as `tracer` has come."""
+    return next((r.ids for r in graph.records[: len(tracer.records)][::-1]), ())
 
 
 def _others(before: tuple[Any, ...], now: tuple[Any, ...]) -> bool:

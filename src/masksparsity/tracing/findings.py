@@ -96,11 +96,15 @@ class Findings:
 def numbers(args: Iterable[Any]) -> tuple[Any, ...]:
     """Python's numbers and words among the arguments of an operation: they may follow from a width,
     and then change with it. Sizes, which come in lists, follow by right."""
-    return tuple([rounded(a) for a in args if isinstance(a, (int, float, complex, str))])
+    kinds = (int, float, complex, str, torch.Generator)
+    return tuple([rounded(a) for a in args if isinstance(a, kinds)])
 
 
 def rounded(number: Any) -> Any:
-    """To fewer digits than may depend on the order of a sum; NaN is like NaN."""
+    """To fewer digits than may depend on the order of a sum; NaN is like NaN. A generator is its
+    seed."""
+    if type(number) is torch.Generator:
+        return number.initial_seed()
     return _to_nine_digits(number) if type(number) is float else number
 
 

@@ -7,8 +7,6 @@ done again with real ones.
 
 import contextlib
 import functools
-import inspect
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,15 +22,23 @@ from .origins import VIEWS
 from .places import PLACING
 from .rules import SIZED
 from .standin import CONVOLUTION, stand_in
-from .state import eager, evaluating, fused_attention_off, kept_by, unchanged
+from .state import (
+    eager,
+    evaluating,
+    fused_attention_off,
+    kept_by,
+    switches,
+    unchanged,
+)
 from .tracer import Rule, Tracer
 from .watch import ALONE, Calls, arrivals, assignments, escapes, inference_mode_off, module_stack
 from .writing import values_of
 
 _EMPTY = torch.ops.aten.empty.memory_format
-_Known = tuple[Rule | None, str, bool, tuple[int, ...], bool, bool]
+_Known = tuple[Rule | None, str, bool, tuple[int, ...], bool, bool, int | None]
 """Of an operation: its rule and name; whether it is in place, the arguments that it writes to, and
-whether it gives them another shape; whether values may say how much it gives."""
+whether it gives them another shape; whether values may say how much it gives; which argument is a
+list of axes."""
 
 
 class Operations(TorchDispatchMode):
@@ -54,7 +60,7 @@ class Operations(TorchDispatchMode):
         known = self._known.get(id(func))  # its own hash takes time
         if known is None:
             known = self._known[id(func)] = self._look_up(func)
-        rule, operation, inplace, writes, reshapes, loosens = known
+        rule, operation, inplace, writes, reshapes, loosens, dims = known
         given = args
         if writes and ("batch_norm" not in operation or args[5]):
             given = self._before(operation, writes, reshapes, args, kwargs)
@@ -77,6 +83,8 @@ class Operations(TorchDispatchMode):
             if id(root(x)) in tracer.suspects and not tracer.labels(x):
                 tracer.record((), values_of(x))
         tracer.numbers = () if operation in SIZED else numbers(every)
+        if dims is not None and len(args) > dims:
+            tracer.numbers += (str(args[dims]),)
         if rule is None:
             tracer.unknown(given, kwargs, out)
         else:
@@ -124,16 +132,17 @@ class Operations(TorchDispatchMode):
         return before, *args[1:]
 
     def _look_up(self, func: Any) -> _Known:
-        base, inplace, writes, into = _schema(func)
+        base, inplace, writes, into, dims = _schema(func)
         rule = None if into else self.tracer.rules.get(base)  # `out=`: others may view it
         loosens = torch.Tag.dynamic_output_shape in func.tags or base == "torchvision::nms"
-        return rule, base, inplace, writes, torch.Tag.inplace_view in func.tags, loosens
+        return rule, base, inplace, writes, torch.Tag.inplace_view in func.tags, loosens, dims
 
 
 @functools.cache
-def _schema(func: Any) -> tuple[str, bool, tuple[int, ...], bool]:
+def _schema(func: Any) -> tuple[str, bool, tuple[int, ...], bool, int | None]:
     """Of an operation: its name without suffix; whether it writes in place; the arguments that it
-    writes to, or hands out aliases of which may be written to later; whether it has an `out=`.
+    writes to, or hands out aliases of which may be written to later; whether it has an `out=`; and
+    which argument is a list of axes, unless its rule records them.
 
     Cached, since a trace would spend milliseconds on reading the schemas of a dozen operations.
     """
@@ -146,7 +155,9 @@ def _schema(func: Any) -> tuple[str, bool, tuple[int, ...], bool]:
     writes = mutable or base in ("detach", "alias") or "batch_norm" in base
     places = [k for k, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
     places = [3, 4] if "batch_norm" in base else places  # its statistics, while training
-    return base, inplace, tuple(places or [0]) if writes else (), into
+    listed = [a.name in ("dim", "dims") and "List" in str(a.type) for a in arguments]
+    dims = listed.index(True) if any(listed) and base not in SIZED else None
+    return base, inplace, tuple(places or [0]) if writes else (), into, dims
 
 
 def run(
@@ -179,7 +190,7 @@ def run(
             inference_mode_off(),
             Operations(tracer),
         ):
-            if _switches(tracer.modules.values()):
+            if switches(tracer.modules.values()):
                 model.train(training)
             out = model(*args, **kwargs)
             if _remembers(tracer):
@@ -202,13 +213,6 @@ def run(
     for tensor in (*tensors_in((out, args, kwargs)), *tracer.memory.kept):
         tracer.forget(tensor)
     return random
-
-
-def _switches(modules: Iterable[nn.Module]) -> bool:
-    """Whether to set the mode does more in some module, as to merge weights; and not something
-    else altogether in another, as to train."""
-    ways = {kind.train for kind in {type(m) for m in modules}} - {nn.Module.train}
-    return bool(ways) and all("mode" in inspect.signature(way).parameters for way in ways)
 
 
 def _remembers(tracer: Tracer) -> bool:

@@ -283,6 +283,7 @@ def restride(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: b
         t.memory.share(x, [out])
         t.set(out, t.labels(x))
     else:
+        t.numbers = (str(args[1:]),)
         t.unknown(args, kwargs, out)
 
 

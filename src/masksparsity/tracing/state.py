@@ -1,6 +1,7 @@
 """Runs that leave a user's network as it was: mode, attributes, buffers, random state."""
 
 import contextlib
+import inspect
 import operator
 import random
 import sys
@@ -29,15 +30,37 @@ def untouched(model: nn.Module) -> Iterator[None]:
         MaskSparsityError: it has no values to run with.
     """
     require_values(model)
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    merges = switches(model.modules())
+    written = [*model.buffers(), *(model.parameters() if merges else ())]
+    held = [(x, x.detach().clone()) for x in written]
     try:
         with unchanged(model.modules()), in_mode(model.modules()):
+            if merges:
+                model.train(False)
             yield
     finally:
         with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+            for x, before in held:
+                if not torch.equal(x, before):
+                    x.copy_(before)
+
+
+def switches(modules: Iterable[nn.Module]) -> bool:
+    """Whether to set the mode does more in some module, as to merge weights; and not something
+    else altogether in another, as to train."""
+    ways = {kind.train for kind in {type(m) for m in modules}} - {nn.Module.train}
+    return bool(ways) and all("mode" in inspect.signature(way).parameters for way in ways)
+
+
+def made_anew(model: nn.Module) -> nn.Module:
+    """`model`; what its own `train` makes of weights, and keeps, it has made of those of now."""
+    modules = [*model.modules()]
+    if switches(modules) and kept_by(modules):
+        mode = model.training
+        with in_mode(modules, mode):  # of some modules it may be another
+            model.train(not mode)
+            model.train(mode)
+    return model
 
 
 def kept_by(modules: Iterable[nn.Module]) -> list[Tensor]:
