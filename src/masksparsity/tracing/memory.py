@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+EVERY, _NONE = frozenset(range(-64, 0)), frozenset[int]()  # axes, of which tensors have 64 at most
 _VIEWED, _BLANK = "_masksparsity_viewed", "_masksparsity_blank"
 
 
@@ -44,18 +46,40 @@ class Memory:
     def share(self, tensor: Tensor, views: Iterable[Tensor] = ()) -> None:
         """Others see its memory from now on: what is written to it has to fit all of them."""
         setattr(tensor, _VIEWED, True)
-        self.blank(tensor, False)
+        self.blank(tensor, _NONE)
         if self.canvases and (canvas := self.canvases.get(root(tensor))):
             canvas.views += map(weakref.ref, views)
 
-    def blank(self, tensor: Tensor, blank: bool = True) -> None:
-        """A tensor of one value, or of noise: all its channels are alike."""
-        if blank != self.is_blank(tensor) and id(tensor) not in self.names:
-            setattr(tensor, _BLANK, self.token if blank else None)
+    def blank(self, tensor: Tensor, axes: frozenset[int] = EVERY) -> None:
+        """A tensor of one value, or of noise, has channels that are alike, along whatever axis; one
+        that was made of what is expanded has them along some `axes`, counted from the last."""
+        if axes != self.alike(tensor) and id(tensor) not in self.names:
+            setattr(tensor, _BLANK, (self.token, axes))
+
+    def alike(self, tensor: Tensor) -> frozenset[int]:
+        """The axes along which it is blank."""
+        whose, axes = getattr(tensor, _BLANK, (None, _NONE))
+        return axes if whose is self.token else _NONE
 
     def is_blank(self, tensor: Tensor) -> bool:
         """Whether all its channels are alike, as those of a constant are."""
-        return getattr(tensor, _BLANK, None) is self.token
+        return self.alike(tensor) is EVERY
+
+    def varies(self, tensor: Tensor, axis: int) -> bool:
+        """Whether values differ along an axis; those before its first are of length 1."""
+        if axis < 0 or tensor.shape[axis] == 1:
+            return False
+        if tensor.layout == torch.strided and not tensor.stride(axis):
+            return False  # expanded: one value, whatever its length
+        return axis - tensor.ndim not in self.alike(tensor)
+
+    def made_of(self, tensors: list[Tensor], out: Tensor) -> None:
+        """What is made of these, element by element, is blank along the axes where they are."""
+        every = bool(tensors) and all(map(self.is_blank, tensors))
+        axes = range(-out.ndim, 0)
+        self.blank(out, EVERY if every else frozenset(
+            [a for a in axes if not any(self.varies(x, a + x.ndim) for x in tensors)]
+        ))  # fmt: skip
 
     def make(self, tensor: Tensor, zero: bool) -> None:
         """Forward makes it from sizes alone, or overwrites all of it by what is alike."""
@@ -99,7 +123,10 @@ class Memory:
         return trusting + [c.ids.clamp(min=0) for c in kept if c.ids is not None]
 
     def spare(self, tensor: Tensor) -> None:
-        """A tensor of the model's own or an input is about to be written to: keep what it holds."""
+        """A tensor is about to be written to: if it is the model's own or an input, keep what it
+        holds."""
+        if not self.is_blank(tensor):
+            self.blank(tensor, _NONE)
         known = (*self.kept, *self.inputs)
         own = id(tensor) in self.names or any(tensor is root(x) for x in known)
         if own and id(tensor) not in self.spared:

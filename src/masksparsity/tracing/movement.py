@@ -146,9 +146,13 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
                     t.record((), numbers(rest))
                 if not alias:
                     t.memory.make(out, t.memory.canvases[root(x)].zero)
+            elif move is _same and not alias:
+                t.memory.made_of([x], out)
             elif move is not _same:
                 how = [] if _repeats_values(move, x, rest) else numbers(tree_leaves(rest))
                 t.record((), [*extents(x), *how])
+                if move is _repeat:
+                    t.memory.made_of([x], out)
             return
         named = {k: v for k, v in kwargs.items() if k in ("dim", "start", "end", "step", "index")}
         if move in _CUTS and not t.given:

@@ -9,7 +9,6 @@ from torch import Tensor
 from .findings import aside
 from .labels import Labels
 from .pointwise import RULES as POINTWISE
-from .pointwise import varies
 from .tracer import Rule, Tracer
 
 _Part = tuple[Any, Sequence[Labels]]
@@ -189,9 +188,7 @@ def _is_seen(t: Tracer, x: Tensor) -> bool:
 
 def _one_value(t: Tracer, y: Any, axes: frozenset[int], ndim: int) -> bool:
     """Whether it has one value for all channels."""
-    if not isinstance(y, Tensor) or t.memory.is_blank(y):
-        return True
-    return not any(varies(y, a - ndim + y.ndim) for a in axes)
+    return not isinstance(y, Tensor) or not any(t.memory.varies(y, a - ndim + y.ndim) for a in axes)
 
 
 RULES: dict[str, Rule] = {

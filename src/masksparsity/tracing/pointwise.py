@@ -26,7 +26,7 @@ def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
         if not labels:
             if inplace:
                 t.set(out, ())
-            t.memory.blank(out, bool(tensors) and all(map(t.memory.is_blank, tensors)))
+            t.memory.made_of(tensors, out)
             return
         t.record(labels, aside(out, labels))
         if op in _POLES:
@@ -131,9 +131,7 @@ def _merge(
     result = []
     for ids, axes, clean in merged:
         if len(clean) < len(tensors) and any(
-            index not in clean
-            and any(varies(x, a - out.ndim + x.ndim) for a in axes)
-            and not t.memory.is_blank(x)
+            index not in clean and any(t.memory.varies(x, a - out.ndim + x.ndim) for a in axes)
             for index, x in enumerate(tensors)
         ):
             t.pin(ids, "meets a tensor whose channels are unknown")
@@ -149,13 +147,6 @@ def _merge(
                 flags.append(a == 0)
         result.append(Labels(ids, axes, zero(flags)))
     return result
-
-
-def varies(x: Tensor, axis: int) -> bool:
-    """Whether values differ along an axis: an expanded one has one value, whatever its length."""
-    if axis < 0 or x.shape[axis] == 1:
-        return False
-    return x.layout != torch.strided or x.stride(axis) != 0
 
 
 def _first(flags: list[bool], args: Any) -> bool:

@@ -16,8 +16,12 @@ def spatial(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bool)
     x, result = args[0], out[0] if isinstance(out, tuple) else out
     dims = next((k for k in (1, 2, 3) if f"{k}d" in op), 2)
     found = t.labels(x)
-    t.record(found, [*(a for a in args[1:] if not isinstance(a, Tensor)), *aside(x, found)])
+    sizes = aside(x, found) if found else lengths(x, range(x.ndim - dims, x.ndim))
+    t.record(found, [*(a for a in args[1:] if not isinstance(a, Tensor)), *sizes])
     t.expose(found)
+    if not found:
+        before = range(-x.ndim, -dims)
+        t.memory.blank(result, frozenset(a for a in before if not t.memory.varies(x, a + x.ndim)))
     passing = []
     for m in found:
         moving = [a for a in m.axes if a >= x.ndim - dims]
@@ -173,6 +177,8 @@ def roi_align(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: 
     t.expose(found)
     t.pin([m for m in found if m.axes != {1}], "channels lie along another axis")
     t.set(out, [m._replace(sources=frozenset()) for m in found if m.axes == {1}])
+    if not found and not t.memory.varies(x, 1):
+        t.memory.blank(out, frozenset({1 - out.ndim}))
 
 
 def unpool(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:

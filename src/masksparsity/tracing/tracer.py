@@ -318,7 +318,7 @@ class Tracer(Findings):
             if tensor._is_view():
                 self.memory.share(root(tensor))
             self.set(tensor, ())
-            self.memory.blank(tensor, False)
+            self.memory.blank(tensor, frozenset())
 
     def blame(self, error: Exception, args: Any) -> None:
         """Keep what flowed into the operation that raised; the innermost of those passing it on."""

@@ -89,7 +89,7 @@ def assignments(tracer: Tracer) -> Iterator[None]:
         tracer.operation = ".data ="
         tracer.expose(found)
         tracer.pin(found, "values are taken over from another tensor")
-        tracer.memory.blank(x, False)
+        tracer.memory.blank(x, frozenset())
         tracer.memory.overwrite(x)
         tracer.memory.spare(x)
         data.__set__(x, other)
