@@ -177,3 +177,22 @@ def test_masks_are_tried_that_take_from_pieces_that_keep_equal_counts():
         kept = _some(graph, seed).units[pieces].sum(1)
         assert kept.unique().numel() == 1
         assert kept[0] < 8
+
+
+def test_masks_of_selectors_pass_where_one_width_cuts_two_layers():
+    """Pieces keep equal counts in each of the two, but not in one as in the other."""
+
+    def operation(s: nn.Module, x: Tensor) -> Tensor:
+        t, p = s.t(x), s.p(x)
+        quarters = zip(t.split(t.shape[1] // 4, 1), p.split(t.shape[1] // 4, 1), strict=True)
+        return torch.cat([a * b.square().sum((1, 2, 3), keepdim=True) for a, b in quarters], 1)
+
+    torch.manual_seed(0)
+    layers = {"t": nn.Conv2d(8, 16, 1), "p": nn.Conv2d(8, 16, 1)}
+    model = Middle(operation, **layers)
+    model.b = nn.Conv2d(16, 4, 1)
+    graph = ms.trace(model, torch.randn(2, 3, 4, 4))
+    assert [g.name for g in graph.prunable] == ["a"]
+    scores = ms.scores.norm(model, graph)
+    for fraction in (0.25, 0.5, 0.75):
+        ms.prune(model, graph, ms.select.uniform(graph, scores, fraction))

@@ -73,15 +73,17 @@ def _free(graph: ChannelGraph) -> int:
 
 
 def _some(graph: ChannelGraph, seed: int) -> KeepMask:
-    """About a third of every group goes: in every other mask of each another share, and in the rest
-    of all groups and all pieces the same, as what has to keep equal counts would come back."""
+    """A part of every group goes, and of all pieces that keep equal counts, as they would come back
+    else: in every other mask of each another part, in the rest of all the same."""
     generator = torch.Generator().manual_seed(seed)
-    # Multiples of the golden ratio: those of neighbours differ.
-    shares = (0.2 + 0.3 * (0.618034 * (torch.arange(len(graph.groups)) + seed) % 1)).tolist()
     values = torch.rand(graph.units, generator=generator)
     rows = [torch.arange(g.start, g.start + g.size)[None] for g in graph.groups]
+    rows += [c.pieces for c in graph.constraints if (c.pieces >= 0).all()]
+    # Multiples of the golden ratio: those of neighbours differ. Less than half of a group, as a
+    # width that is written down may fit half of it; pieces are short.
+    shares = (0.618034 * (torch.arange(len(rows)) + seed) % 1).tolist()
+    shares = [0.2 + (0.3 if len(r) == 1 else 0.5) * s for r, s in zip(rows, shares, strict=True)]
     if seed % 2:
-        rows += [c.pieces for c in graph.constraints if (c.pieces >= 0).all()]
         shares = shares[:1] * len(rows)
     keep = torch.ones(graph.units, dtype=torch.bool)
     # What is taken by itself is gone in one mask and there in the next.
@@ -89,7 +91,8 @@ def _some(graph: ChannelGraph, seed: int) -> KeepMask:
     picked = torch.cat([values.new_zeros(0).long(), *alone])
     values[picked[picked >= 0]] = seed % 2 * 2.0 - 0.5
     for units, share in zip(rows, shares, strict=True):
-        number = max(int(share * units.shape[1]), units.shape[1] > 1)
+        length = units.shape[1]
+        number = max(min(int(share * length + (len(units) > 1) / 2), length - 1), length > 1)
         least = values[units].argsort(1)[:, :number]
         keep[units] = True
         keep[units.gather(1, least)] = False
