@@ -179,20 +179,30 @@ def test_masks_are_tried_that_take_from_pieces_that_keep_equal_counts():
         assert kept[0] < 8
 
 
-def test_masks_of_selectors_pass_where_one_width_cuts_two_layers():
+class Quarters(nn.Module):
+    """The width of one layer cuts another."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.t = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1)
+        self.p, self.z = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        t, p = self.t(x), self.p(x)
+        length = t.shape[1] // 4
+        sums = [b.reshape(len(b), 1, -1).square().sum(-1) for b in p.split(length, 1)]
+        parts = [
+            a * n.view(len(n), 1, 1, 1) for a, n in zip(t.split(length, 1), sums, strict=False)
+        ]
+        return self.z(torch.cat(parts, 1))
+
+
+def test_masks_of_selectors_pass_where_the_width_of_one_layer_cuts_another():
     """Pieces keep equal counts in each of the two, but not in one as in the other."""
-
-    def operation(s: nn.Module, x: Tensor) -> Tensor:
-        t, p = s.t(x), s.p(x)
-        quarters = zip(t.split(t.shape[1] // 4, 1), p.split(t.shape[1] // 4, 1), strict=True)
-        return torch.cat([a * b.square().sum((1, 2, 3), keepdim=True) for a, b in quarters], 1)
-
     torch.manual_seed(0)
-    layers = {"t": nn.Conv2d(8, 16, 1), "p": nn.Conv2d(8, 16, 1)}
-    model = Middle(operation, **layers)
-    model.b = nn.Conv2d(16, 4, 1)
-    graph = ms.trace(model, torch.randn(2, 3, 4, 4))
-    assert [g.name for g in graph.prunable] == ["a"]
+    model, x = Quarters(), torch.randn(2, 3, 6, 6)
+    graph = ms.trace(model, x)
     scores = ms.scores.norm(model, graph)
     for fraction in (0.25, 0.5, 0.75):
-        ms.prune(model, graph, ms.select.uniform(graph, scores, fraction))
+        ms.prune(model, graph, ms.select.fraction(graph, scores, fraction))
