@@ -113,6 +113,28 @@ class Wider(nn.Module):
         return torch.relu(y + nn.functional.pad(x, sides))
 
 
+SPREAD = {
+    "expanded": lambda m, x: m.expand_as(x),
+    "made whole": lambda m, x: m.expand_as(x).contiguous(),
+    "beside a number": lambda m, x: 1 + m.expand_as(x),
+    "repeated": lambda m, x: m.repeat(1, x.shape[1], 1, 1),
+    "on zeros": lambda m, x: torch.zeros_like(x) + m,
+    "pooled": lambda m, x: nn.functional.avg_pool2d(m.expand_as(x).clone(), 3, 1, 1),
+    "in places": lambda m, x: torch.cat([m.expand_as(x)[:, :1], 2 * m.expand_as(x)[:, 1:]], 1),
+}
+
+
+class Attention(nn.Module):
+    """One map for all channels."""
+
+    def __init__(self, width: int, how: str):
+        super().__init__()
+        self.map, self.how = nn.Conv2d(width, 1, 1), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * SPREAD[self.how](self.map(x).sigmoid(), x)
+
+
 class Flatten(nn.Module):
     def __init__(self, literal: int | None):
         super().__init__()
@@ -135,7 +157,7 @@ def networks(draw: st.DrawFn) -> nn.Sequential:
     literal = draw(st.integers(0, 9)) == 0
     for _ in range(draw(st.integers(1, 5))):
         act = draw(st.sampled_from(ACTIVATIONS))
-        kind = draw(st.integers(0, 13))
+        kind = draw(st.integers(0, 14))
         if kind == 0:
             layers += [act, Residual(width, draw(st.integers(2, 9)), act)]
         elif kind == 1:  # depthwise separable
@@ -176,6 +198,8 @@ def networks(draw: st.DrawFn) -> nn.Sequential:
             more = 2 if literal else draw(st.integers(1, 3))
             layers += [Wider(width, more, how)]
             width += 2 * more
+        elif kind == 13:
+            layers += [Attention(width, draw(st.sampled_from(sorted(SPREAD))))]
         else:
             layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), act]
     layers += [nn.AdaptiveAvgPool2d(2), Flatten(4 * width if literal else None)]
