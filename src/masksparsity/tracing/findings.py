@@ -96,8 +96,10 @@ class Findings:
 def numbers(args: Iterable[Any]) -> tuple[Any, ...]:
     """Python's numbers and words among the arguments of an operation: they may follow from a width,
     and then change with it. Sizes, which come in lists, follow by right."""
-    kinds = (int, float, complex, str, torch.Generator)
-    return tuple([rounded(a) for a in args if isinstance(a, kinds)])
+    return tuple([rounded(a) for a in args if isinstance(a, _NUMBERS)])
+
+
+_NUMBERS = (int, float, complex, str, torch.Generator)
 
 
 def rounded(number: Any) -> Any:

@@ -172,10 +172,11 @@ def run(
     take another way next time?"""
     tracer.decided = False
     with ALONE, contextlib.ExitStack() as stack, unchanged(tracer.modules.values()) as held:
-        tracer.memory.kept = [x for x in held if id(x) not in tracer.names]
+        keeps = [x for x in held if id(x) not in tracer.names]
+        inputs = [*tensors_in((args, kwargs))]
+        tracer.memory.begin(keeps, inputs)
         stack.callback(tracer.memory.restore)
-        tracer.memory.inputs = [*tensors_in((args, kwargs))]
-        tracer.sources.begin(tracer.modules, bool(tracer.memory.kept), tracer.memory.inputs)
+        tracer.sources.begin(tracer.modules, bool(keeps), inputs)
         torch.clear_autocast_cache()  # whose copies of weights were made unseen
         with (
             evaluating(tracer.modules.values(), training, seed) as drawn,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 EVERY, _NONE = frozenset(range(-64, 0)), frozenset[int]()  # axes, of which tensors have 64 at most
+_UNKNOWN: tuple[Any, frozenset[int]] = (None, _NONE)
 _VIEWED, _BLANK = "_masksparsity_viewed", "_masksparsity_blank"
 
 
@@ -40,8 +41,13 @@ class Memory:
         self.canvases = WeakIdKeyDictionary()  # tensor -> Canvas
         self.trusted: list[tuple[weakref.ref, Tensor]] = []  # to be zero; the ids that count on it
         self.kept: list[Tensor] = []  # before forward, in attributes of modules
-        self.inputs: list[Tensor] = []  # of forward
+        self.owned: set[int] = set()  # ids of what is the model's own, or an input
         self.spared: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def begin(self, kept: list[Tensor], inputs: list[Tensor]) -> None:
+        """A forward begins: with what modules keep in attributes, and what it is given."""
+        self.kept = kept
+        self.owned = {id(root(x)) for x in (*kept, *inputs)} | self.names.keys()
 
     def share(self, tensor: Tensor, views: Iterable[Tensor] = ()) -> None:
         """Others see its memory from now on: what is written to it has to fit all of them."""
@@ -58,7 +64,7 @@ class Memory:
 
     def alike(self, tensor: Tensor) -> frozenset[int]:
         """The axes along which it is blank."""
-        whose, axes = getattr(tensor, _BLANK, (None, _NONE))
+        whose, axes = getattr(tensor, _BLANK, _UNKNOWN)
         return axes if whose is self.token else _NONE
 
     def is_blank(self, tensor: Tensor) -> bool:
@@ -76,7 +82,7 @@ class Memory:
     def made_of(self, tensors: list[Tensor], out: Tensor) -> None:
         """What is made of these, element by element, is blank along the axes where they are."""
         every = bool(tensors) and all(map(self.is_blank, tensors))
-        axes = range(-out.ndim, 0)
+        axes = range(-out.ndim if tensors else 0, 0)
         self.blank(out, EVERY if every else frozenset(
             [a for a in axes if not any(self.varies(x, a + x.ndim) for x in tensors)]
         ))  # fmt: skip
@@ -127,9 +133,7 @@ class Memory:
         holds."""
         if not self.is_blank(tensor):
             self.blank(tensor, _NONE)
-        known = (*self.kept, *self.inputs)
-        own = id(tensor) in self.names or any(tensor is root(x) for x in known)
-        if own and id(tensor) not in self.spared:
+        if id(tensor) in self.owned and id(tensor) not in self.spared:
             self.spared[id(tensor)] = (tensor, tensor.data, tensor.detach().clone())
 
     def restore(self) -> None:

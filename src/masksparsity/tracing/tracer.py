@@ -56,7 +56,8 @@ class Tracer(Findings):
         tables = [m._parameters for m in self.modules.values() if type(m._parameters) is not dict]
         scripted = {id(p) for table in tables for p in table.values() if type(p) is Tensor}
         self.parameters = [n for n, t in kinds if isinstance(t, nn.Parameter)]
-        self.parameters += [n for n, t in self.tensors.items() if id(t) in scripted]  # in a copy
+        if scripted:  # in a copy
+            self.parameters += [n for n, t in self.tensors.items() if id(t) in scripted]
         if lazy := next((n for n, t in kinds if is_lazy(t)), None):
             raise MaskSparsityError(f"{lazy} has no shape yet: run the model once first")
         self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
