@@ -120,6 +120,18 @@ def test_what_train_makes_of_weights_is_made_of_those_that_stay(mode):
         assert torch.equal(slim(x), slim.train(not slim.training).train(not slim.training)(x))
 
 
+def test_parts_in_another_mode_stay_in_it_with_what_they_made():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Prepared()).train()
+    model[1].eval()
+    x = torch.randn(2, 3, 4, 4)
+    graph = ms.trace(model, x)
+    keep = ms.KeepMask(graph, {"1": torch.arange(16) % 8 < 5})
+    slim = ms.prune(model, graph, keep)
+    assert slim.training
+    assert not slim[1].training
+    torch.testing.assert_close(slim(x), ms.apply_mask(model, graph, keep)(x))
+
+
 def test_runs_undo_what_train_writes_into_weights():
     class Merging(nn.Conv2d):
         merged = False

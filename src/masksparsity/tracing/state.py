@@ -56,10 +56,11 @@ def made_anew(model: nn.Module) -> nn.Module:
     """`model`; what its own `train` makes of weights, and keeps, it has made of those of now."""
     modules = [*model.modules()]
     if switches(modules) and kept_by(modules):
-        mode = model.training
-        with in_mode(modules, mode):  # of some modules it may be another
-            model.train(not mode)
-            model.train(mode)
+        modes = [module.training for module in modules]
+        model.train(not model.training)
+        for module, mode in zip(modules, modes, strict=True):  # outer ones first
+            if module.training is not mode:
+                module.train(mode)
     return model
 
 
