@@ -34,6 +34,9 @@ ALIKE = {
     "pooled ones": lambda s, x: x * F.avg_pool2d(torch.ones_like(x), 3, 1, 1),
     "pooled map": lambda s, x: x * F.max_pool2d(gate(s, x).clone(), 3, 1, 1),
     "warped ones": warped,
+    "as many as values choose": lambda s, x: (
+        x * torch.arange(6).nonzero().repeat(1, 3).to(x).mean()
+    ),
 }
 
 

@@ -149,7 +149,7 @@ def _movement(move: Callable[..., Any], alias: bool) -> Rule:
             elif move is _same and not alias:
                 t.memory.made_of([x], out)
             elif move is not _same:
-                how = [] if _repeats_values(move, x, rest) else numbers(tree_leaves(rest))
+                how = [] if _repeats_values(t, move, x, rest) else numbers(tree_leaves(rest))
                 t.record((), [*extents(x), *how])
                 if move is _repeat:
                     t.memory.made_of([x], out)
@@ -214,13 +214,12 @@ _PLACES: dict[Any, Callable[..., Sequence[Any]]] = {
 """Where a movement goes along the axes of x without channels: that might follow from a width."""
 
 
-def _repeats_values(move: Callable[..., Any], x: Tensor, rest: Any) -> bool:
+def _repeats_values(t: Tracer, move: Callable[..., Any], x: Tensor, rest: Any) -> bool:
     """Whether it repeats single values only, as often as the shape of the result says."""
     if move is not _repeat:
         return move is _expand
-    times = rest[0]
-    sizes = [1] * (len(times) - x.ndim) + extents(x)
-    return all(n == 1 or size == 1 for n, size in zip(times, sizes, strict=True))
+    axes = enumerate(rest[0], x.ndim - len(rest[0]))
+    return all(n == 1 or not t.memory.varies(x, axis) for axis, n in axes)
 
 
 _CUTS: dict[Any, Callable[..., None]] = {
