@@ -205,4 +205,6 @@ def test_masks_of_selectors_pass_where_the_width_of_one_layer_cuts_another():
     graph = ms.trace(model, x)
     scores = ms.scores.norm(model, graph)
     for fraction in (0.25, 0.5, 0.75):
-        ms.prune(model, graph, ms.select.fraction(graph, scores, fraction))
+        keep = ms.select.fraction(graph, scores, fraction)
+        slim = ms.prune(model, graph, keep)
+        torch.testing.assert_close(slim(x), ms.apply_mask(model, graph, keep)(x))

@@ -22,14 +22,7 @@ from .origins import VIEWS
 from .places import PLACING
 from .rules import SIZED
 from .standin import CONVOLUTION, stand_in
-from .state import (
-    eager,
-    evaluating,
-    fused_attention_off,
-    kept_by,
-    switches,
-    unchanged,
-)
+from .state import eager, evaluating, fused_attention_off, kept_by, switches, unchanged
 from .tracer import Rule, Tracer
 from .watch import ALONE, Calls, arrivals, assignments, escapes, inference_mode_off, module_stack
 from .writing import values_of

@@ -34,13 +34,14 @@ class State:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         penalty: Penalty | None,
-        ema: Ema | None,
+        ema: float,
         folder: Path,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.penalty = penalty
-        self.ema = ema
+        self.ema = Ema(model, ema, penalty) if ema else None
+        self.trained = model if self.ema is None else self.ema.network
         self.folder = folder
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self.history: list[dict[str, Any]] = []
@@ -56,7 +57,7 @@ class State:
                 if self.penalty is not None:
                     self.penalty.load_state_dict(saved["penalty"])
                 if self.ema is not None:
-                    self.ema.network.load_state_dict(saved["ema"])
+                    self.trained.load_state_dict(saved["ema"])
                 self.history = saved["history"]
             except (KeyError, RuntimeError) as error:
                 raise MaskSparsityError(
@@ -72,7 +73,7 @@ class State:
                 "model": self.model.state_dict(),
                 "optimizer": checkpoint.optimizer_state(self.optimizer, self.names),
                 "penalty": self.penalty.state_dict() if self.penalty is not None else None,
-                "ema": self.ema.network.state_dict() if self.ema is not None else None,
+                "ema": self.trained.state_dict() if self.ema is not None else None,
                 "history": self.history,
             }
             checkpoint.write(self.folder / CHECKPOINT, tree)
@@ -99,9 +100,7 @@ def fit(
     optimizer = create_optimizer(model, phase)
     if penalty is not None:
         penalty.attach(optimizer)
-    ema = Ema(model, phase.ema, penalty) if phase.ema else None
-    trained = model if ema is None else ema.network
-    state = State(model, optimizer, penalty, ema, folder)
+    state = State(model, optimizer, penalty, phase.ema, folder)
     state.resume()
 
     train = data.training()
@@ -116,16 +115,16 @@ def fit(
             for batch, (images, labels) in enumerate(train.epoch(epoch), 1):
                 lr = learning_rate(phase, epoch + (batch - 1) / len(train))
                 step(images, labels, lr)
-                if ema is not None:
-                    ema.update()
+                if state.ema is not None:
+                    state.ema.update()
                 meter.advance()
                 if batch % config.log_every == 0:
                     _finite(step.read()[0], folder, epoch, phase)
 
             loss, accuracy = step.read()
-            for network in dict.fromkeys((model, trained)):
+            for network in dict.fromkeys((model, state.trained)):
                 dist.share_buffers(network)
-            test = evaluate(trained, data.test, meter.advance, amp=config.amp)
+            test = evaluate(state.trained, data.test, meter.advance, amp=config.amp)
             _finite(loss + test.loss, folder, epoch, phase)
             state.save(
                 {
@@ -141,8 +140,8 @@ def fit(
             meter.tell(f"epoch {epoch + 1}  loss {loss:.3f}  test {test.accuracy:.2%}")
     if penalty is not None:
         penalty.detach()
-    if ema is not None:
-        model.load_state_dict(ema.network.state_dict())
+    if state.ema is not None:
+        model.load_state_dict(state.trained.state_dict())
 
 
 def _finite(loss: float, folder: Path, epoch: int, phase: Phase) -> None:

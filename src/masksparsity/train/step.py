@@ -74,8 +74,9 @@ class Teacher:
 class Step:
     """Trains on one batch per call, and keeps count on the device.
 
-    The penalty, if any, is attached to the optimizer. Nothing is read back to the host until
-    `read`. What `config.step` says holds for batches of the first one's shape; others run eagerly.
+    The penalty, if any, is attached to the optimizer; a teacher is in eval mode. Nothing is read
+    back to the host until `read`. What `config.step` says holds for batches of the first one's
+    shape; others run eagerly.
 
     Raises:
         MaskSparsityError: `config.step` is not possible on the device of `model`.
