@@ -96,10 +96,12 @@ class Findings:
 def numbers(args: Iterable[Any]) -> tuple[Any, ...]:
     """Python's numbers and words among the arguments of an operation: they may follow from a width,
     and then change with it. Sizes, which come in lists, follow by right."""
-    return tuple([rounded(a) for a in args if isinstance(a, _NUMBERS)])
+    return tuple(
+        [rounded(a) for a in args if isinstance(a, _NUMBERS) or type(a) is torch.Generator]
+    )
 
 
-_NUMBERS = (int, float, complex, str, torch.Generator)
+_NUMBERS = (int, float, complex, str)  # to ask so for a generator takes time
 
 
 def rounded(number: Any) -> Any:

@@ -54,7 +54,7 @@ class Origins:
         for a in args:
             if isinstance(a, Tensor):
                 found.append(of(a))
-            elif isinstance(a, (list, tuple)):
+            elif a and type(a) in (list, tuple) and type(a[0]) is not int:
                 found += [of(x) for x in a if isinstance(x, Tensor)]
         return tuple(found)
 
