@@ -63,7 +63,7 @@ def test_run_ends_with_the_table_and_the_report(shell: Shell, tmp_path: Path) ->
     assert json.loads((run / "results.json").read_text())["command"].endswith("--seed 3")
     assert Config.read(run / "config.json").seed == 3
 
-    code, _, err = shell("run", "--config", run / "config.json")
+    code, _, err = shell("run", "--seed", 3, f"--config={run / 'config.json'}")
     assert code == 0
     assert err.count("done before") == 6
 

@@ -67,11 +67,15 @@ def _dispatch(arguments: list[str]) -> None:
 
 def _config(command: str, arguments: list[str]) -> tuple[Config, list[str]]:
     """The config whose values are the defaults of the flags, and the arguments that are left."""
+    for k, argument in enumerate(arguments):
+        flag, _, file = argument.partition("=")
+        if flag == "--config":
+            after = k + 1 if file else k + 2
+            file = file or "".join(arguments[k + 1 : after])
+            if not file:
+                raise MaskSparsityError("--config needs a file")
+            return Config.read(Path(file)), arguments[:k] + arguments[after:]
     match arguments:
-        case ["--config", file, *rest]:
-            return Config.read(Path(file)), rest
-        case ["--config"]:
-            raise MaskSparsityError("--config needs a file")
         case [first, *rest] if first in RECIPES:
             return recipe(first), rest
         # The only positional arguments beside the recipe are the masks to compare.
