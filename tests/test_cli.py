@@ -162,6 +162,12 @@ def test_prune_one_shot(shell: Shell, weights: Path, tmp_path: Path) -> None:
         (["run", "--finetune.distill", "2"], "distill is a share of the loss"),
         (["finetune", "--teacher", "x.th"], "needs a share of the loss: --finetune.distill"),
         (["train", "--teacher", "x.th"], "train takes no --teacher"),
+        (["run", "--baseline.gamma", "0.5"], "--baseline.schedule cosine: it is for step"),
+        (["run", "--baseline.momentum", "1"], "momentum and ema are"),
+        (["run", "--mask-sparsify.decay-span", "2"], "decay_fraction and decay_span are"),
+        (["run", "--mask.pruned-macs", "0.4", "--mask.pruned-params", "0.1"], "settles the mask"),
+        (["run", "--mask.file", "m.json", "--mask.scores", "norm"], "--mask.file, which settles"),
+        (["mask", "--mask.file", "m.json", "--weights", "x.th"], "--weights is not read with"),
     ],
 )
 def test_mistakes_exit_with_2_and_say_what(

@@ -73,8 +73,9 @@ def test_a_stage_that_cannot_be_removed_is_named(
 
     (tmp_path / "train").mkdir()
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(RunFailure, match=r"cannot remove .*train: Permission denied"):
-        RunDir(tmp_path).discard("train")
+    again = RunDir(tmp_path).anew("train")
+    with pytest.raises(RunFailure, match=r"cannot remove .*train: Permission denied"), again:
+        pass
     assert (tmp_path / "train").exists()
 
 

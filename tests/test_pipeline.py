@@ -173,6 +173,19 @@ def test_other_settings_are_refused_and_fresh_does_again_what_depends_on_them(
         execute(Workspace(other, out), "finetune", fresh=True)
     assert files(out) == files(whole)
 
+    # A mistake costs nothing that was there.
+    results.write(Workspace(tiny(), out))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    data = replace(tiny().data, name="folder", root=tmp_path / "nowhere")
+    impossible = tiny(mask=MaskConfig(pruned_macs=0.9999))
+    with pytest.raises(MaskSparsityError, match="no such file or directory"):
+        run(Workspace(replace(tiny(), data=data), out), fresh=True)
+    with pytest.raises(MaskSparsityError, match="cannot be met"):
+        execute(Workspace(impossible, out), "mask", fresh=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+    execute(Workspace(other, out), "mask", fresh=True)
+    assert not (out / "results.json").exists()  # it told of what is no more
     run(Workspace(other, out), fresh=True)
     ours, theirs = files(out), files(whole)
     same = {name for name in theirs if ours[name] == theirs[name]}
@@ -255,6 +268,21 @@ def test_a_given_mask_needs_no_sparsify(whole: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "sparsify").exists()
     assert found["macs"] == numbers(whole)["macs"]
     assert set(found["kept_scale_mean"]) == {"masked"}
+
+
+def without_norms() -> nn.Module:
+    layers = nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 10))
+
+
+def test_a_network_without_scales_needs_no_penalty_on_them(tmp_path: Path) -> None:
+    config = tiny(1, mask=MaskConfig(scores="norm"))
+    model = replace(config.model, name=f"{__name__}:without_norms", options=())
+    sparsify = replace(config.sparsify, epochs=0)
+    config = replace(config, model=model, sparsify=sparsify, seed=2**64 - 1)
+    run(Workspace(config, tmp_path))
+    correct = numbers(tmp_path, config)["correct"]
+    assert correct["before_removal"] == correct["after_removal"]
 
 
 def test_the_published_penalty_warns_where_it_does_not_reach_zero(

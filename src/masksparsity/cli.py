@@ -15,7 +15,7 @@ import tyro
 
 from masksparsity.commands import COMMANDS, NEED_DATA, files_of, misplaced, show
 from masksparsity.errors import MaskSparsityError, RunFailure
-from masksparsity.pipeline.config import READ_BY, Config
+from masksparsity.pipeline.config import BUDGETS, READ_BY, Config
 from masksparsity.pipeline.rundir import FILES
 from masksparsity.pipeline.stages import STAGES
 from masksparsity.recipes import RECIPES, recipe
@@ -109,6 +109,7 @@ def _refuse_unread(config: Config, command: str, arguments: list[str]) -> None:
         raise MaskSparsityError(
             f"report shows a run with the run's own settings; it does not read --{min(others)}"
         )
+    _refuse_second_mask(config, given)
     for flag in given.keys() & READ_BY.keys():
         setting, *values = READ_BY[flag]
         section, _, field = setting.partition(".")
@@ -119,6 +120,19 @@ def _refuse_unread(config: Config, command: str, arguments: list[str]) -> None:
                 f"--{flag} is not read with --{setting} {value}: it is for "
                 f"{' and '.join(values) or 'more than that'}"
             )
+
+
+def _refuse_second_mask(config: Config, given: dict[str, str]) -> None:
+    """A mask is a given one, or meets one budget."""
+    settled = {f"mask.{name}" for name, value in vars(config.mask).items() if value is not None}
+    settled = (settled - {"mask.pruned_macs"} | given.keys()) & {"mask.file", *BUDGETS}
+    flags = [flag for flag in given if flag.startswith("mask.") and flag != "mask.file"]
+    if "mask.file" not in settled:
+        flags = [flag for flag in flags if flag in BUDGETS]
+    others = sorted(settled.difference(flags[:1]))
+    if flags and others:
+        flag, other = (name.replace("_", "-") for name in (flags[0], others[0]))
+        raise MaskSparsityError(f"--{flag} is not read with --{other}, which settles the mask")
 
 
 def _summary(name: str) -> str:

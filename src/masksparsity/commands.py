@@ -223,8 +223,11 @@ def _execute(name: str, config: Config, files: Files) -> None:
     for key in given.keys() - STAGES[name].inputs.keys():
         raise MaskSparsityError(misplaced(name, key))
     work = Workspace(config, files.out, given=given)
-    if "teacher" in given.keys() - work.inputs(STAGES[name]).keys():
+    unread = given.keys() - work.inputs(STAGES[name]).keys()
+    if "teacher" in unread:
         raise MaskSparsityError(f"--teacher needs a share of the loss: --{name}.distill 0.5")
+    if unread:
+        raise MaskSparsityError(f"--{min(unread)} is not read with --mask.file, which is the mask")
     runner.execute(work, name, fresh=files.fresh)
 
 

@@ -53,7 +53,7 @@ def profile(model: nn.Module, example_inputs: Any, runs: int = 20) -> Profile:
     cost, kept = graph.cost(), graph.counter.sizes
     args, kwargs = arguments(example_inputs)
     times = _times(model, args, kwargs, runs)
-    low, _, high = statistics.quantiles(times, n=4)
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
     macs = graph.counter.macs_per_layer(kept).tolist()
     return Profile(
         cost.macs,

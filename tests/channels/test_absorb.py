@@ -179,3 +179,15 @@ def test_what_is_not_constant_is_refused():
     silenced(model, graph, keep)
     with pytest.raises(ms.MaskSparsityError, match="not constant"):
         ms.prune(model, graph, keep, absorb="exact")
+
+
+@pytest.mark.parametrize("how", ["exact", "bias"])
+def test_scales_that_are_not_zero_are_told(how):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        model[1].bias.fill_(0.5)
+    keep = ms.KeepMask(graph := ms.trace(model, x), {"0": torch.arange(4) > 1})
+    with pytest.warns(UserWarning, match="scales of the removed channels are not zero, and absorb"):
+        ms.prune(model, graph, keep, absorb=how)
+    ms.prune(silenced(model, graph, keep), graph, keep, absorb=how)  # warnings are errors here

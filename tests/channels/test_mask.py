@@ -3,6 +3,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import masksparsity as ms
 
@@ -127,6 +128,13 @@ def test_mistakes_are_named(graph, resnet50):
     for use in (ms.prune, ms.apply_mask, ms.MaskedL1):
         with pytest.raises(ms.MaskSparsityError, match="mask was made for another graph"):
             use(model, graph, ms.KeepMask(resnet50))
+    first = random_mask(graph, 0)
+    wrapped = nn.Sequential(ms.prune(model, graph, first))
+    later = random_mask(ms.trace(wrapped, torch.randn(1, 3, 32, 32)), 1)
+    with pytest.raises(
+        ms.MaskSparsityError, match=r"prunes 0\.\S+, which is no channel group here"
+    ):
+        first.compose(later)
 
 
 @given(seeds=st.tuples(st.integers(0, 99), st.integers(0, 99)))

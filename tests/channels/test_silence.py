@@ -104,6 +104,8 @@ def test_training_goes_on_with_its_optimizer(case):
     outputs(slim, inputs, train=True).square().mean().backward()
     optimizer.step()
     assert all(p.isfinite().all() for p in slim.parameters())
+    # DistributedDataParallel waits for every gradient that is asked for.
+    assert all(p.grad is not None for p in slim.parameters() if p.requires_grad)
 
 
 def test_budgets_let_branches_go_only_if_asked(case):

@@ -239,6 +239,21 @@ def test_what_forward_says_of_its_parameters_is_undone():
     assert not vars(x)
 
 
+def test_tensors_outside_of_the_model_carry_nothing_afterwards(tmp_path):
+    kept = {"mean": torch.rand(3)}
+
+    def positions(s: nn.Module, x: Tensor) -> Tensor:
+        if "map" not in kept:
+            kept["map"] = torch.linspace(-1, 1, 4)[:, None].expand(4, 4).contiguous()
+        return x * kept["map"] - kept["mean"].view(3, 1, 1).mean()
+
+    model, x = Middle(positions), torch.randn(2, 3, 4, 4)
+    ms.prune(model, graph := ms.trace(model, x), random_mask(graph, 0))
+    assert not any(map(vars, kept.values()))
+    torch.save(kept, tmp_path / "kept.pt")
+    torch.load(tmp_path / "kept.pt", weights_only=True)
+
+
 def test_what_forward_keeps_in_objects_is_undone_and_starts_anew_in_a_copy():
     def write(s: nn.Module, x: Tensor) -> Tensor:
         s.seen.count += 1

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import MaskSparsityError
 from ..tracing.copies import duplicate
+from ..tracing.labels import Slot
 from ..tracing.network import like, named_tensors, tensors_in
 from ..tracing.state import evaluating
 from .groups import ChannelGraph
@@ -122,12 +123,10 @@ def absorb(
     model = duplicate(model)
     tensors = dict(named_tensors(model))
     _refuse_sums(graph, keep, tensors)
-    filters = {name for name, _ in graph.consumers} | {norm.weight for norm in graph.norms}
-    for name, axis in graph.producers:
-        if name in filters:
-            gone = (~keep.slot(name, axis)).nonzero().squeeze(1)
-            with torch.no_grad():
-                tensors[name].index_fill_(axis, gone.to(tensors[name].device), 0)
+    for name, axis in filters_and_scales(graph):
+        gone = (~keep.slot(name, axis)).nonzero().squeeze(1)
+        with torch.no_grad():
+            tensors[name].index_fill_(axis, gone.to(tensors[name].device), 0)
     constants, watch = _constants(model, graph, keep, tensors)
     if how == "exact":
         return model, _carry(graph, keep, constants, tensors)
@@ -139,6 +138,12 @@ def absorb(
     biases = {name: tensors[name] for name in watch.read - watch.otherwise}
     _into_biases(graph, constants, tensors, biases, watch.spread)
     return model, keep
+
+
+def filters_and_scales(graph: ChannelGraph) -> set[Slot]:
+    """What a constant channel has at zero: all that makes it but its shifts."""
+    names = {name for name, _ in graph.consumers} | {norm.weight for norm in graph.norms}
+    return {slot for slot in graph.producers if slot[0] in names}
 
 
 def _refuse_sums(graph: ChannelGraph, keep: KeepMask, tensors: dict[str, Tensor]) -> None:

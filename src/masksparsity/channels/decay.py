@@ -65,6 +65,7 @@ class ScheduledDecay(Penalty):
         ]
         device = self.vectors[0].masked.device if self.vectors else None
         self.step = torch.zeros((), dtype=torch.float32, device=device)
+        self._span = torch.full_like(self.step, span)
         self._moments: tuple[Any, list[Tensor], list[Tensor]] | None = None
 
     def _spread(self, turns: Tensor, graph: ChannelGraph, name: str) -> Tensor:
@@ -116,7 +117,11 @@ class ScheduledDecay(Penalty):
 
     def state_dict(self) -> dict[str, Tensor]:
         vectors = self._named("start", self.start) | self._named("turn", self.turn)
-        return {"step": self.step, **vectors}
+        return {"step": self.step, "span": self._span, **vectors}
+
+    def _fits(self, key: str, own: Tensor, other: Tensor) -> bool:
+        # By turns of another span the channels would go all at once, in the last step.
+        return super()._fits(key, own, other) and (key != "span" or bool(own == other.to(own)))
 
 
 def _speaks(tensor: Tensor) -> bool:

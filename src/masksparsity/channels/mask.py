@@ -134,6 +134,12 @@ class KeepMask(Mapping[str, Tensor]):
     def compose(self, later: "KeepMask") -> "KeepMask":
         """One mask of this graph for two prunings in a row: this one, and `later`, a mask of the
         graph that was traced from the slim model."""
+        for name, stays in later.items():
+            if name not in self.graph.by_name and not stays.all():
+                raise MaskSparsityError(
+                    f"the later mask prunes {name}, which is no channel group here; compose with a "
+                    "mask of the slim model, traced as this one was"
+                )
         units = self.units.clone()
         for group in self.graph.groups:
             kept = self[group.name].nonzero().squeeze(1) + group.start

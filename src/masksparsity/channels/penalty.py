@@ -149,13 +149,15 @@ class Penalty(ABC):
         """Go on from a checkpoint's `state_dict`.
 
         Raises:
-            MaskSparsityError: it is of a penalty on another model or mask.
+            MaskSparsityError: it is of a penalty on another model or mask, or of another span.
         """
         own = self.state_dict()
         if own.keys() != state.keys() or not all(
             self._fits(key, value, state[key]) for key, value in own.items()
         ):
-            raise MaskSparsityError("this state belongs to a penalty on another model or mask")
+            raise MaskSparsityError(
+                "this state belongs to a penalty on another model or mask, or of another span"
+            )
         for key, value in own.items():
             value.copy_(state[key])
 

@@ -41,7 +41,9 @@ def rebuild(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         if name in tensors:
             new = tensors[name]
             if isinstance(old, nn.Parameter):
-                new = nn.Parameter(new, requires_grad=old.requires_grad)
+                # One without elements, as in a branch that fell silent, gets no gradient, which
+                # DistributedDataParallel would wait for.
+                new = nn.Parameter(new, requires_grad=old.requires_grad and new.numel() > 0)
             new.__dict__.update(old.__dict__)
             memo[id(old)] = new
     slim = duplicate(model, memo)  # shared modules and tied weights stay shared and tied
@@ -101,6 +103,10 @@ def _recurrent(old: Any, new: Any) -> None:
     new.input_size = getattr(new, first).shape[1]
 
 
+def _embedding(old: Any, new: Any) -> None:
+    new.num_embeddings, new.embedding_dim = new.weight.shape
+
+
 def _prelu(old: Any, new: Any) -> None:
     new.num_parameters = len(new.weight)
 
@@ -113,6 +119,7 @@ ATTRIBUTES: dict[type, Callable[[Any, Any], None]] = {
     nn.Linear: _linear,
     nn.modules.batchnorm._NormBase: _norm,
     nn.GroupNorm: _group_norm,
+    nn.Embedding: _embedding,
     nn.PReLU: _prelu,
     nn.RNNBase: _recurrent,
     nn.RNNCellBase: _recurrent,

@@ -16,6 +16,7 @@ from ..tracing.network import like, named_tensors, of_users, tensors_in, unwrap
 from ..tracing.state import evaluating, made_anew, undisturbed, untouched
 from . import constraints as limits
 from .absorb import absorb as hand_over
+from .absorb import filters_and_scales
 from .groups import ChannelGraph
 from .mask import KeepMask
 from .optimizer import carry_over
@@ -57,8 +58,8 @@ def prune(
         absorb: what to do about the constants that removed channels still say when their scales
             are zero and their shifts are not, see `masksparsity.channels.absorb`. None drops them.
 
-    Warns, without `absorb`, if the removed channels are not zero in `model`: removal changes what
-    it computes then.
+    Warns if the removed channels are not zero in `model` (with `absorb`: their scales, and filters
+    without a norm): removal changes what it computes then.
 
     Raises:
         MaskSparsityError: if the mask leaves a group without channels, if optimizer state has a
@@ -67,24 +68,35 @@ def prune(
             Nothing has changed then.
     """
     slim = remove(model, graph, keep, optimizer, absorb)
-    if absorb is None and not already_zero(model, graph, keep):
-        warnings.warn(NOT_ZERO, stacklevel=2)
+    if not already_zero(model, graph, keep, absorb is not None):
+        warnings.warn(NOT_ZERO if absorb is None else NOT_CONSTANT, stacklevel=2)
     return slim
 
 
-NOT_ZERO = (  # the same words each time, so that a script is told once
+# The same words each time, so that a script is told once.
+_REMEDY = (
+    "Drive them to zero first, as ScheduledDecay does in the steps that it is given, or finetune"
+)
+NOT_ZERO = (
     "the removed channels are not zero: the slim network computes what apply_mask(model, graph, "
-    "keep) does, not what model does. Drive them to zero first, as ScheduledDecay does in the "
-    "steps that it is given, or finetune"
+    f"keep) does, not what model does. {_REMEDY}"
+)
+NOT_CONSTANT = (
+    "the scales of the removed channels are not zero, and absorb keeps what their shifts say "
+    f"alone: the slim network does not compute what model does. {_REMEDY}"
 )
 _ZERO = 1e-6
 
 
-def already_zero(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> bool:
-    """Whether all that makes the removed channels is zero, so that removal changes nothing."""
+def already_zero(
+    model: nn.Module, graph: ChannelGraph, keep: KeepMask, absorbing: bool = False
+) -> bool:
+    """Whether all that makes the removed channels is zero, so that removal changes nothing; if
+    it is `absorbing` constants, all but their shifts."""
     tensors = dict(named_tensors(unwrap(model)))
+    read = graph.exposed & filters_and_scales(graph) if absorbing else graph.exposed
     found = []
-    for name, axis in graph.exposed:
+    for name, axis in read:
         gone = (~keep.slot(name, axis)).nonzero().squeeze(1)
         values = tensors[name].detach()
         values = values.index_select(axis, gone.to(values.device))

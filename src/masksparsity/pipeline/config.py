@@ -98,15 +98,17 @@ class MaskSparsifyConfig(TaughtPhase):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.decay_fraction <= 1:
-            raise MaskSparsityError("decay_fraction is a share of the phase, above 0 and up to 1")
+        if not (0 < self.decay_fraction <= 1 and 0 < self.decay_span <= 1):
+            raise MaskSparsityError(
+                "decay_fraction and decay_span are shares of the phase, above 0 and up to 1"
+            )
 
+
+BUDGETS = ("mask.pruned_macs", "mask.pruned_params", "mask.pruned_latency")
 
 READ_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
-        ("mask.pruned_macs", "mask.pruned_params", "mask.pruned_latency", "mask.per_cost",
-         "mask.rounds"),
-        ("mask.select", "budget"),
+        (*BUDGETS, "mask.per_cost", "mask.rounds"), ("mask.select", "budget"),
     ),
     "mask.threshold": ("mask.select", "threshold"),
     "mask.energy": ("mask.select", "optimal"),
@@ -116,6 +118,9 @@ READ_BY: dict[str, tuple[str, ...]] = {
         ("mask_sparsify.decay_fraction", "mask_sparsify.decay_span"),
         ("mask_sparsify.penalty", "decay"),
     ),
+    **{f"{phase}.{name}": (f"{phase}.schedule", "step")
+       for phase in ("baseline", "sparsify", "mask_sparsify", "finetune", "scratch")
+       for name in ("steps", "gamma")},
     **{f"{phase}.temperature": (f"{phase}.distill",)
        for phase in ("mask_sparsify", "finetune", "scratch")},
 }  # fmt: skip

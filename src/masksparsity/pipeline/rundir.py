@@ -23,6 +23,8 @@ from masksparsity.train.loop import CHECKPOINT, METRICS, read_metrics
 
 CONFIG = "config.json"
 RESULT = "result.json"
+RESULTS = ("results.json", "report.html")
+_ASIDE = ".discarded"
 FILES = {"weights": "model.safetensors", "mask": "mask.json", "teacher": "model.safetensors"}
 
 
@@ -89,24 +91,46 @@ class RunDir:
         """Make the stage complete."""
         atomic.write_json(self.folder(stage) / RESULT, result)
         (self.folder(stage) / CHECKPOINT).unlink(missing_ok=True)
+        shutil.rmtree(self.path / _ASIDE, ignore_errors=True)
 
-    def discard(self, stage: str) -> None:
-        """Remove a stage, and every stage that started from its files."""
+    @contextlib.contextmanager
+    def anew(self, stage: str) -> Iterator[None]:
+        """Do a stage again: what there is of it, of every stage that started from its files, and
+        of the results is set aside. It comes back if a mistake ends the stage before its first
+        checkpoint, and is removed when the stage is complete."""
+        aside = self.path / _ASIDE
+        shutil.rmtree(aside, ignore_errors=True)
+        names = [*self._started_from(stage), *RESULTS]
+        moved = [name for name in names if (self.path / name).exists()]
+        try:
+            aside.mkdir()
+            for name in moved:
+                (self.path / name).rename(aside / name)
+            if (self.path / CONFIG).exists():
+                shutil.copy(self.path / CONFIG, aside)
+                moved.append(CONFIG)
+        except OSError as error:
+            raise RunFailure(
+                f"cannot remove {self.path / stage}: {error.strerror}; make it writable, or choose "
+                "another place"
+            ) from error
+        try:
+            yield
+        except MaskSparsityError:
+            if not (self.folder(stage) / CHECKPOINT).exists():
+                shutil.rmtree(self.folder(stage), ignore_errors=True)
+                for name in moved:
+                    (aside / name).replace(self.path / name)
+                aside.rmdir()
+            raise
+
+    def _started_from(self, stage: str) -> dict[str, None]:
+        """The names of a stage, and of all that started from its files."""
+        names = {stage: None}
         for later in self.path.glob(f"*/{CONFIG}"):
             if stage in self._read(later.parent.name, CONFIG).get("inputs", {}).values():
-                self.discard(later.parent.name)
-        # Renamed first: a kill must not leave half a stage that looks like a whole one.
-        trash = self.path / f".{stage}.discarded"
-        shutil.rmtree(trash, ignore_errors=True)
-        if self.folder(stage).exists():
-            try:
-                self.folder(stage).rename(trash)
-            except OSError as error:
-                raise RunFailure(
-                    f"cannot remove {self.folder(stage)}: {error.strerror}; make it writable, or "
-                    "choose another place"
-                ) from error
-        shutil.rmtree(trash, ignore_errors=True)
+                names |= self._started_from(later.parent.name)
+        return names
 
     def _read(self, stage: str, file: str, *needed: str) -> dict[str, Any]:
         path = self.folder(stage) / file

@@ -51,12 +51,13 @@ def execute(work: Workspace, name: str, *, fresh: bool = False) -> dict[str, Any
         say(f"{_line(name, result)}, done before")
         return result
 
-    alone = work.runs.alone(name) if dist.rank() == 0 else contextlib.nullcontext()
-    with alone:
+    with contextlib.ExitStack() as stack:
+        if dist.rank() == 0:
+            stack.enter_context(work.runs.alone(name))
         dist.barrier()  # all have looked; now process 0 may write
         if dist.rank() == 0:
             if fresh:
-                work.runs.discard(name)
+                stack.enter_context(work.runs.anew(name))
             work.runs.begin(name, asked, work.config.as_json() if _agrees(work, name) else None)
         dist.barrier()
         killed = sum(line["seconds"] for line in work.runs.metrics(name))

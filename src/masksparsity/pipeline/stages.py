@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import masksparsity as ms
 from masksparsity.channels.penalty import Penalty
-from masksparsity.channels.surgery import NOT_ZERO, already_zero, remove
+from masksparsity.channels.surgery import NOT_CONSTANT, NOT_ZERO, already_zero, remove
 from masksparsity.pipeline.choices import choose_mask, create_penalty, read_mask
 from masksparsity.pipeline.rundir import FILES
 from masksparsity.pipeline.workspace import Stage, Workspace
@@ -39,9 +39,10 @@ def sparsify(work: Workspace, folder: Path) -> Result:
     """Train on from the baseline with a penalty on all scales."""
     config = work.config.sparsify
     model = _network(work, "sparsify")
-    penalty = ms.MaskedL1(
-        model, work.trace(model), None, strength=config.strength, kind=config.kind
-    )
+    penalty = None
+    if config.epochs:  # a network without scales has to go without
+        graph = work.trace(model)
+        penalty = ms.MaskedL1(model, graph, None, strength=config.strength, kind=config.kind)
     return _train(work, folder, model, config, penalty)
 
 
@@ -72,8 +73,9 @@ def prune(work: Workspace, folder: Path) -> Result:
     keep = read_mask(work.file(STAGES["prune"], "mask"), graph)
     result, slim = _prune(work, model, graph, keep)
     _save(folder, slim)
-    if work.config.prune.absorb == "none" and not already_zero(model, graph, keep):
-        result["warnings"] = [NOT_ZERO]
+    absorbing = work.config.prune.absorb != "none"
+    if not already_zero(model, graph, keep, absorbing):
+        result["warnings"] = [NOT_CONSTANT if absorbing else NOT_ZERO]
     return result["after_removal"] | result
 
 

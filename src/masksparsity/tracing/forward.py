@@ -163,6 +163,15 @@ def run(
 ) -> bool:
     """One forward without gradients; model, RNG and mode stay as they were. May it, in training,
     take another way next time?"""
+    try:
+        return _run(tracer, model, args, kwargs, training, seed)
+    finally:
+        tracer.forget()
+
+
+def _run(
+    tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, training: bool, seed: int
+) -> bool:
     tracer.decided = False
     with ALONE, contextlib.ExitStack() as stack, unchanged(tracer.modules.values()) as held:
         keeps = [x for x in held if id(x) not in tracer.names]
@@ -204,8 +213,6 @@ def run(
     tracer.record(found, [*lengths, *numbers(leaves), str(structure)])
     tracer.expose(found)
     tracer.pin(found, "model output")
-    for tensor in (*tensors_in((out, args, kwargs)), *tracer.memory.kept):
-        tracer.forget(tensor)
     return random
 
 

@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 EVERY, _NONE = frozenset(range(-64, 0)), frozenset[int]()  # axes, of which tensors have 64 at most
 _UNKNOWN: tuple[Any, frozenset[int]] = (None, _NONE)
-_VIEWED, _BLANK = "_masksparsity_viewed", "_masksparsity_blank"
+VIEWED, BLANK = "_masksparsity_viewed", "_masksparsity_blank"
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Memory:
         self.token = object()  # what an earlier trace left behind is not believed
         self.canvases = WeakIdKeyDictionary()  # tensor -> Canvas
         self.trusted: list[tuple[weakref.ref, Tensor]] = []  # to be zero; the ids that count on it
+        self.shared: list[weakref.ref[Tensor]] = []
         self.kept: list[Tensor] = []  # before forward, in attributes of modules
         self.owned: set[int] = set()  # ids of what is the model's own, or an input
         self.spared: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -51,7 +52,8 @@ class Memory:
 
     def share(self, tensor: Tensor, views: Iterable[Tensor] = ()) -> None:
         """Others see its memory from now on: what is written to it has to fit all of them."""
-        setattr(tensor, _VIEWED, True)
+        setattr(tensor, VIEWED, True)
+        self.shared.append(weakref.ref(tensor))
         self.blank(tensor, _NONE)
         if self.canvases and (canvas := self.canvases.get(root(tensor))):
             canvas.views += map(weakref.ref, views)
@@ -60,11 +62,11 @@ class Memory:
         """A tensor of one value, or of noise, has channels that are alike, along whatever axis; one
         that was made of what is expanded has them along some `axes`, counted from the last."""
         if axes != self.alike(tensor) and id(tensor) not in self.names:
-            setattr(tensor, _BLANK, (self.token, axes))
+            setattr(tensor, BLANK, (self.token, axes))
 
     def alike(self, tensor: Tensor) -> frozenset[int]:
         """The axes along which it is blank."""
-        whose, axes = getattr(tensor, _BLANK, _UNKNOWN)
+        whose, axes = getattr(tensor, BLANK, _UNKNOWN)
         return axes if whose is self.token else _NONE
 
     def is_blank(self, tensor: Tensor) -> bool:
@@ -143,16 +145,10 @@ class Memory:
             tensor.data.copy_(value)
         self.spared.clear()
 
-    def forget(self, tensor: Tensor) -> None:
-        """Take off what travels beside a tensor."""
-        for key in (_VIEWED, _BLANK):
-            if hasattr(tensor, key):
-                delattr(tensor, key)
-
 
 def is_viewed(tensor: Tensor) -> bool:
     """Whether others show its memory, too."""
-    return getattr(tensor, _VIEWED, False) or tensor._is_view()
+    return getattr(tensor, VIEWED, False) or tensor._is_view()
 
 
 def root(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ It is the same in any two runs of the same code, whatever the widths. Nothing is
 forward finds outside of the model, or in dicts and sets: they may be caches, filled or not yet.
 """
 
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -35,6 +36,7 @@ class Origins:
         self.held: list[Tensor] = []  # so that no other gets its id
         self.token = object()
         self.wrote = False  # anything to memory that was there
+        self.made: list[weakref.ref[Tensor]] = []
 
     def begin(self, modules: Mapping[str, nn.Module], keep: bool, inputs: Iterable[Tensor]) -> None:
         """A forward begins: with what it is given, and what its modules keep, if they `keep`
@@ -70,6 +72,7 @@ class Origins:
         """An operation has made `out` of what comes from `read`; `numbers`: those it recorded."""
         made = [x for x in (out if isinstance(out, (list, tuple)) else (out,))
                 if isinstance(x, Tensor)]  # fmt: skip
+        self.made += map(weakref.ref, made)
         moved = operation in _MOVES and len(made) == 1
         if moved and made[0].dtype != args[0].dtype:
             numbers = [*numbers, made[0].dtype]

@@ -18,7 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ..errors import MaskSparsityError
 from .findings import LOOSE, Findings, lengths
 from .labels import ANONYMOUS, NOTHING, Labels, Reason, Slot
-from .memory import Memory, is_viewed, root
+from .memory import BLANK, VIEWED, Memory, is_viewed, root
 from .network import tensors_in, tensors_of
 from .origins import ORIGIN, WRITTEN, Origins
 from .state import kept_by
@@ -327,12 +327,13 @@ class Tracer(Findings):
             flowing = [x for x in tensors_in(args) if id(x) not in self.names]
             self.fault = (error, [m.ids for x in flowing for m in self.labels(x)])
 
-    def forget(self, tensor: Tensor) -> None:
-        """Take off what travels beside a tensor."""
-        self.memory.forget(tensor)
-        for key in (_LABELS, ORIGIN, WRITTEN, LOOSE):
-            if hasattr(tensor, key):
-                delattr(tensor, key)
+    def forget(self) -> None:
+        """Take off what travels beside tensors: those that live on, wherever, carry nothing."""
+        for reference in (*self.sources.made, *self.memory.shared):
+            if (tensor := reference()) is not None:
+                for key in (_LABELS, ORIGIN, WRITTEN, LOOSE, VIEWED, BLANK):
+                    vars(tensor).pop(key, None)
+        self.sources.made, self.memory.shared = [], []
 
     def _labelled(self, slot: Slot) -> bool:
         # Of weights with a kernel only the two channel axes; an axis of size 1 broadcasts. What

@@ -63,8 +63,8 @@ class Phase:
     def __post_init__(self) -> None:
         if self.epochs < 0 or self.lr <= 0 or self.precise_bn < 0:
             raise MaskSparsityError("epochs and precise_bn cannot be negative, lr must be positive")
-        if not 0 <= self.ema < 1:
-            raise MaskSparsityError("ema is the share of an average that stays: below 1")
+        if not (0 <= self.momentum < 1 and 0 <= self.ema < 1):
+            raise MaskSparsityError("momentum and ema are what stays of an average: below 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,7 +109,7 @@ def fit(
     with Meter(folder.name, phase.epochs * batches, first * batches) as meter:
         for epoch in range(first, phase.epochs):
             start = time.monotonic()
-            torch.manual_seed((seed * 10_007 + epoch) * 1_009 + dist.rank())
+            torch.manual_seed(((seed * 10_007 + epoch) * 1_009 + dist.rank()) % 2**63)
             step.reset()
             model.train()
             for batch, (images, labels) in enumerate(train.epoch(epoch), 1):
