@@ -82,6 +82,19 @@ def test_keyword_inputs_and_several_outputs(tmp_path: Path) -> None:
     assert torch.equal(torch.export.load(path).module()(left=x, right=x)["sum"], x + x)
 
 
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_a_forward_that_writes_to_its_input(tmp_path: Path, suffix: str) -> None:
+    class Ranged(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x *= 255
+            return super().forward(x) / 255
+
+    x = torch.randn(2, 3, 8, 8)
+    before = x.clone()
+    ms.export(Ranged(nn.Conv2d(3, 4, 3)), x, tmp_path / f"net{suffix}")
+    assert torch.equal(x, before)
+
+
 def test_wrappers_that_take_any_arguments(tmp_path: Path) -> None:
     averaged = torch.optim.swa_utils.AveragedModel(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
     ms.export(averaged, torch.randn(2, 3, 8, 8), tmp_path / "slim.pt2")

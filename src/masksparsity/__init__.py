@@ -1,4 +1,4 @@
-"""Make convolutional networks smaller without losing accuracy.
+"""Make convolutional networks smaller, by removal that changes nothing they compute.
 
 import masksparsity as ms
 

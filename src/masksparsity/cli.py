@@ -25,6 +25,8 @@ from masksparsity.train.progress import say
 
 def main() -> None:
     """Do what `sys.argv` asks for; exit with 2 for a mistake in it, with 1 for a failed run."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where a user's module:function may be
     try:
         _dispatch(sys.argv[1:])
     except MaskSparsityError as error:
@@ -48,9 +50,9 @@ def _dispatch(arguments: list[str]) -> None:
     if name not in COMMANDS:
         raise MaskSparsityError(f"there is no command {name!r}; there are {', '.join(COMMANDS)}")
     command = COMMANDS[name]
-    config, rest = _config(name, rest)
+    config, left = _config(name, rest)
     known = inspect.signature(command).parameters
-    config = _with_model(config, name, rest)
+    config, rest = _with_model(config, name, left, named=len(left) < len(rest)), left
     for key in FILES:
         if name in STAGES and f"--{key}" in rest and key not in STAGES[name].inputs:
             raise MaskSparsityError(misplaced(name, key))
@@ -84,16 +86,16 @@ def _config(command: str, arguments: list[str]) -> tuple[Config, list[str]]:
     return recipe(next(iter(RECIPES))), arguments
 
 
-def _with_model(config: Config, command: str, arguments: list[str]) -> Config:
-    """Another model than the recipe's takes none of its options, and, where no data say what its
-    input is, the usual one."""
+def _with_model(config: Config, command: str, arguments: list[str], named: bool) -> Config:
+    """Another model than the recipe's takes none of its options, and, where neither data nor a
+    recipe that was `named` say what its input is, the usual one."""
     flags = [argument.partition("=")[0] for argument in arguments]
     if "--model.name" not in flags:
         return config
     flag = arguments[flags.index("--model.name") :]
     name = flag[0].partition("=")[2] or "".join(flag[1:2])
     size = 224 if name.startswith(("torchvision/", "timm/")) else 32
-    shape = config.model.input if command in NEED_DATA else (3, size, size)
+    shape = config.model.input if named or command in NEED_DATA else (3, size, size)
     changed = replace(config.model, name=name, options=(), input=shape)
     return config if name == config.model.name else replace(config, model=changed)
 

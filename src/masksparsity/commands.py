@@ -100,14 +100,19 @@ def run(
     _report(work)
 
 
-def inspect(config: Flags) -> None:
-    """Show what can be pruned, what is protected and why, and what a mask would save."""
-    work = Workspace(config)
-    model = work.dense(config.model.weights)
+def inspect(config: Flags, *, weights: Path | None = None) -> None:
+    """Show what can be pruned, what is protected and why, and what a mask would save.
+
+    Args:
+        weights: An archive, dense or slim, or bare weights; --model.weights serves too.
+    """
+    work, path = Workspace(config), weights or config.model.weights
+    model = work.network(path) if path else work.dense()
+    work.check(model)
     graph = work.trace(model)
     show(str(graph))
     random = "With random weights, which say nothing of the choice"
-    whose = "With these weights" if config.model.weights else random
+    whose = "With these weights" if path else random
     if config.mask.scores == "taylor" and not config.mask.file:
         whose += ", and norms of filters in place of Taylor scores, which take training images"
     show(f"{whose}: {choose_mask(config.mask, model, graph)}")
@@ -180,12 +185,14 @@ def compare_masks(config: Flags, masks: Masks) -> None:
     if len(masks) < 2:
         raise MaskSparsityError("compare-masks needs two masks or more")
     work = Workspace(config)
-    graph = work.trace(work.dense())
-    read = {path: read_mask(path, graph) for path in masks}
-    for path, keep in read.items():
+    work.check(model := work.dense())
+    graph = work.trace(model)
+    read = [(path, read_mask(path, graph)) for path in masks]
+    for path, keep in read:
         show(f"{path}: {keep}")
-    for (first, keep), (second, other) in combinations(read.items(), 2):
-        show(f"IoU {keep.iou(other):.3f} of {first} and {second}, counted per BatchNorm channel")
+    counted = "BatchNorm channel" if graph.norms else "channel"
+    for (first, keep), (second, other) in combinations(read, 2):
+        show(f"IoU {keep.iou(other):.3f} of {first} and {second}, counted per {counted}")
 
 
 def report(config: Flags, *, out: Path | None = None) -> None:

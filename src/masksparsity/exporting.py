@@ -15,7 +15,7 @@ from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree
 from .errors import MaskSparsityError
 from .files import atomic
 from .tracing.copies import duplicate
-from .tracing.network import arguments, batch_size, named_tensors, require_values, unwrap
+from .tracing.network import arguments, batch_size, copied, named_tensors, require_values, unwrap
 from .tracing.state import evaluating, untouched
 
 Inputs = tuple[tuple, dict]
@@ -41,13 +41,13 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path) -> None:
         MaskSparsityError: another suffix, a missing library, a model that cannot be exported, or a
             file that would compute something else. Nothing is written then.
     """
-    path = Path(path)
+    inputs, path = arguments(example_inputs), Path(path)
     if path.suffix not in _FORMATS:
         raise MaskSparsityError(
             f"{path}: no format for {path.suffix or 'a name without suffix'}; "
             f"end it in {' or '.join(_FORMATS)}"
         )
-    model, example = _on_cpu(unwrap(model), arguments(example_inputs))
+    model, example = _on_cpu(unwrap(model), inputs)
     # Traced on two examples or more: a length of one would be taken for a constant.
     traced = _longer(example)
     with (
@@ -58,9 +58,9 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path) -> None:
     ):
         warnings.simplefilter("ignore")
         try:
-            checks = [(i, _tensors(model(*i[0], **i[1]))) for i in (example, _longer(traced))]
-            data, run = _FORMATS[path.suffix](model, traced)
-            found = [run(inputs) for inputs, _ in checks] if run is not None else None
+            checks = [(i, _outputs(model, i)) for i in (example, _longer(traced))]
+            data, run = _FORMATS[path.suffix](model, copied(traced))
+            found = [run(copied(inputs)) for inputs, _ in checks] if run is not None else None
         except Hindrance as error:
             raise MaskSparsityError(f"{path}: {error}") from error
         except Exception as error:
@@ -81,6 +81,11 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path) -> None:
                     "the model's; try the other format"
                 )
     atomic.write(path, data)
+
+
+def _outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    args, kwargs = copied(inputs)
+    return _tensors(model(*args, **kwargs))
 
 
 class Hindrance(Exception):
@@ -172,6 +177,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 def _close(expected: Tensor, output: Tensor) -> bool:
     a, b = expected.double().cpu(), output.double().cpu()
-    scale = float(a.abs().amax()) if a.numel() else 0.0
+    finite = a[a.isfinite()]
+    scale = float(finite.abs().amax()) if finite.numel() else 0.0
     bound = _TOLERANCE.get(expected.dtype, _COARSE) * scale
     return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=bound, equal_nan=True)

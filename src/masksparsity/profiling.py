@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from .channels.analysis import trace
 from .channels.groups import ChannelGraph
 from .channels.mask import KeepMask
 from .channels.surgery import remove
 from .errors import MaskSparsityError
-from .tracing.network import arguments, like, unwrap
+from .tracing.network import arguments, copied, like, unwrap
 from .tracing.state import evaluating, untouched
 
 
@@ -68,7 +68,7 @@ def profile(model: nn.Module, example_inputs: Any, runs: int = 20) -> Profile:
 def _times(model: nn.Module, args: tuple, kwargs: dict, runs: int) -> list[float]:
     """ms of each of `runs` forwards in eval mode, after a quarter as many to warm up."""
     on_cuda = any(t.is_cuda for t in model.parameters())
-    args, kwargs = _copied((args, kwargs))
+    args, kwargs = copied((args, kwargs))
     times = []
     # Tensors of inference mode that a forward keeps could not be trained with.
     with evaluating(model.modules()), untouched(model), torch.no_grad():
@@ -99,16 +99,11 @@ def latency(model: nn.Module, graph: ChannelGraph, runs: int = 20) -> Callable[[
 def _memory_mib(model: nn.Module, args: tuple, kwargs: dict) -> float:
     """Counted, so that of two models each is shown its own, whatever the process holds."""
     model, held = unwrap(model), _Held()
-    args, kwargs = _copied((args, kwargs))
+    args, kwargs = copied((args, kwargs))
     held.add(tree_leaves((*model.parameters(), *model.buffers(), args, kwargs)))
     with evaluating(model.modules()), untouched(model), torch.no_grad(), held:
         model(*args, **kwargs)
     return held.most / 2**20
-
-
-def _copied(inputs: Any) -> Any:
-    """A forward may write to them."""
-    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
 
 
 class _Held(TorchDispatchMode):

@@ -188,6 +188,6 @@ def test_scales_that_are_not_zero_are_told(how):
     with torch.no_grad():
         model[1].bias.fill_(0.5)
     keep = ms.KeepMask(graph := ms.trace(model, x), {"0": torch.arange(4) > 1})
-    with pytest.warns(UserWarning, match="scales of the removed channels are not zero, and absorb"):
+    with pytest.warns(UserWarning, match="scales of the removed channels, or filters"):
         ms.prune(model, graph, keep, absorb=how)
     ms.prune(silenced(model, graph, keep), graph, keep, absorb=how)  # warnings are errors here

@@ -41,6 +41,20 @@ def test_batches_of_several_inputs(batch):
     torch.testing.assert_close(model.norm.running_mean, (x + y).mean(0))
 
 
+def test_norms_of_other_makers():
+    class Own(nn.BatchNorm1d):
+        def forward(self, x):
+            mean, var = self.running_mean, self.running_var
+            return nn.functional.batch_norm(x, mean, var, None, None, self.training, self.momentum)
+
+    batches = [torch.randn(8, 3) + k for k in range(3)]
+    model = nn.Sequential(norm := Own(3))
+    ms.recalibrate(model, batches)
+    torch.testing.assert_close(norm.running_mean, torch.cat(batches).mean(0))
+    assert norm.momentum == 0.1
+    assert not norm._forward_pre_hooks
+
+
 def test_a_batch_that_fails_changes_nothing():
     model = nn.Sequential(nn.BatchNorm1d(3))
     model(torch.randn(8, 3))

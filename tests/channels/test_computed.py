@@ -73,3 +73,10 @@ def test_what_lies_in_another_order_meets_the_same_channels_or_is_refused(name):
         with contextlib.suppress(ms.MaskSparsityError), torch.no_grad():
             slim = ms.prune(model, graph, keep)
             assert _distance(ms.apply_mask(model, graph, keep)(x), slim(x)) <= TOLERANCE
+
+
+def test_what_an_orthogonal_weight_is_made_of_goes_or_stays_whole():
+    orthogonal = nn.utils.parametrizations.orthogonal(nn.Conv2d(3, 12, 3))
+    model = nn.Sequential(orthogonal, nn.ReLU(), nn.Conv2d(12, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    model, x = model.double(), torch.randn(1, 3, 8, 8).double()
+    exact(model, x, ms.trace(model, x))

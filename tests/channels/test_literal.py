@@ -56,6 +56,31 @@ def test_a_literal_size_behind_a_norm_of_two_groups_is_found():
     assert not graph.prunable
 
 
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda s, x: x.roll(1, 1),
+        lambda s, x: x.roll(-2, 1),
+        lambda s, x: torch.cat([x[:, -2:].tanh(), x[:, :-2]], 1),
+        lambda s, x: torch.cat([x[:, :2].tanh(), x[:, 2:]], 1),
+    ],
+)
+def test_few_channels_at_an_end_that_a_number_takes_are_found(operation):
+    class Wide(Middle):
+        def __init__(self):
+            super().__init__(operation)
+            self.a, self.b = nn.Conv2d(3, 64, 1), nn.Conv2d(64, 4, 1)
+
+    model, x = Wide().double(), torch.randn(1, 3, 4, 4).double()
+    graph = ms.trace(model, x)
+    for seed in range(4):
+        scores = {g.name: torch.rand(g.size) for g in graph.prunable}
+        torch.manual_seed(seed)
+        if scores:
+            ms.apply_mask(model, graph, keep := ms.select.uniform(graph, scores, 0.5))
+            ms.prune(model, graph, keep)
+
+
 def _chunked(s: nn.Module, x: Tensor, n: int) -> Tensor:
     first, second, *others = x.chunk(n, 1)
     return torch.cat([first, s.m(second), *others], 1)

@@ -122,12 +122,31 @@ def test_mistakes_are_named(graph, resnet50):
         ms.KeepMask(graph, {"linear": torch.zeros(10, dtype=torch.bool)})
     with pytest.raises(ms.MaskSparsityError, match="no BatchNorm"):
         ms.KeepMask.from_norms(graph, {"bn9": torch.ones(3)})
-    with pytest.raises(ms.MaskSparsityError, match="different models"):
+    with pytest.raises(ms.MaskSparsityError, match="made for another graph"):
         ms.KeepMask(graph).iou(ms.KeepMask(resnet50))
+    with pytest.raises(ms.MaskSparsityError, match="expected a KeepMask, got a dict"):
+        ms.KeepMask(graph) & {}
     model = ms.models.create("resnet20")
     for use in (ms.prune, ms.apply_mask, ms.MaskedL1):
         with pytest.raises(ms.MaskSparsityError, match="mask was made for another graph"):
             use(model, graph, ms.KeepMask(resnet50))
+    scores = ms.scores.norm(model, graph)
+    keep = ms.select.uniform(graph, scores, 0.5)
+    for swapped in (
+        lambda: ms.prune(graph, model, keep),
+        lambda: ms.prune(model, keep, graph),
+        lambda: ms.apply_mask(graph, model, keep),
+        lambda: ms.ScheduledDecay(graph, model, keep, steps=3),
+        lambda: ms.MaskedL1(graph, model, keep),
+        lambda: ms.scores.scale(graph, model),
+        lambda: ms.select.budget(scores, graph, pruned_macs=0.5),
+        lambda: ms.KeepMask(model),
+        lambda: ms.KeepMask.load(graph, "mask.json"),
+        lambda: ms.export(model, "a.onnx", torch.randn(1, 3, 32, 32)),
+        lambda: ms.prune(model, graph, keep, optimizer=model.parameters()),
+    ):
+        with pytest.raises(ms.MaskSparsityError, match=r"expected |example_inputs: a tensor"):
+            swapped()
     first = random_mask(graph, 0)
     wrapped = nn.Sequential(ms.prune(model, graph, first))
     later = random_mask(ms.trace(wrapped, torch.randn(1, 3, 32, 32)), 1)

@@ -247,9 +247,10 @@ step = st.tuples(
 )  # fmt: skip
 def test_random_programs_are_exact_or_refused(make, beside, steps, seed):
     torch.manual_seed(seed)
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # not a number where nothing was written
     try:
         outcome, distance = attempt(Program(make, beside, steps), seed, empty=0.0)
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before)
     assert outcome != "wrong", distance

@@ -120,6 +120,17 @@ def test_a_users_own_model_needs_its_dense_form(tmp_path):
         assert torch.equal(ms.load(tmp_path / "slim.safetensors", model=dense)(x), slim(x))
 
 
+def test_a_model_whose_train_returns_nothing_is_loaded(tmp_path):
+    class Net(nn.Sequential):
+        def train(self, mode: bool = True) -> None:
+            super().train(mode)
+
+    dense, x = Net(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3)), torch.randn(1, 3, 8, 8)
+    slim = ms.prune(dense, *_half(dense, x))
+    ms.save(slim, tmp_path / "slim.safetensors")
+    assert torch.equal(ms.load(tmp_path / "slim.safetensors", model=dense)(x), slim(x))
+
+
 class Odd(nn.Module):
     """Tied weights, a frozen one, and buffers of every kind."""
 

@@ -17,8 +17,8 @@ def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return all(torch.equal(value, other[name]) for name, value in a.state_dict().items())
 
 
-@pytest.mark.parametrize("nest", [None, "state_dict", "model_state", "model"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("nest", [None, "state_dict", "model_state", "model", "net"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 def test_the_usual_layouts_load(tmp_path: Path, nest: str | None, prefix: str) -> None:
     source = create("resnet20", width=2)
     state: dict = {prefix + name: value for name, value in source.state_dict().items()}
@@ -101,6 +101,14 @@ def test_a_truncated_file_says_so(tmp_path: Path, suffix: str, share: float) -> 
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(MaskSparsityError, match=rf"w{suffix} .*cut short"):
         load_weights(create("resnet20", width=2), path)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    state = ms.models.create("resnet20", width=2).state_dict()
+    state["layer1.0.conv1.weight"][0] = torch.nan
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(MaskSparsityError, match=r"layer1.0.conv1.weight is not finite"):
+        load_weights(ms.models.create("resnet20", width=2), tmp_path / "weights.pt")
 
 
 def test_what_is_no_state_dict_says_so(tmp_path: Path) -> None:

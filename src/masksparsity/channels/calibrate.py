@@ -27,6 +27,13 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
     ]
     momenta = [norm.momentum for norm in norms]
+    seen = dict.fromkeys(norms, 0)
+
+    def count_up(norm: Any, _: Any) -> None:
+        seen[norm] += 1
+        norm.momentum = 1 / seen[norm]  # None would say so, but not to norms of other makers
+
+    hooks = [norm.register_forward_pre_hook(count_up) for norm in norms]
     before = [(b, b.clone()) for norm in norms for b in norm.buffers(recurse=False)]
     count = 0
     try:
@@ -35,7 +42,6 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
                 if not count:  # not before there is something to measure
                     for norm in norms:
                         norm.reset_running_stats()
-                        norm.momentum = None  # cumulative average
                         norm.training = True
                 inputs = batch if isinstance(batch, (Tensor, Mapping)) else batch[0]
                 # A list is one input: the images of a detector.
@@ -47,8 +53,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
             buffer.copy_(value)
         raise
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
             norm.momentum = momentum
+            hook.remove()
     if not count:
         raise MaskSparsityError("recalibrate: no batches to measure on; nothing has changed")
     return count

@@ -11,7 +11,7 @@ from ..errors import MaskSparsityError
 from ..tracing.findings import extents
 from ..tracing.network import named_tensors, unwrap
 from . import scores
-from .groups import ChannelGraph
+from .groups import ChannelGraph, expect_graph
 from .mask import KeepMask
 from .penalty import Penalty
 
@@ -45,6 +45,7 @@ class ScheduledDecay(Penalty):
             raise MaskSparsityError(f"span={span}: a share of the steps, above 0 and up to 1")
         if keep is None:  # which the other forms take
             raise MaskSparsityError("ScheduledDecay needs a mask of what goes to zero: keep=None")
+        expect_graph(graph)
         graph.check(model, keep)
         own = dict(named_tensors(unwrap(model)))
         slots = {slot: ~keep.slot(*slot) for slot in graph.exposed if _speaks(own[slot[0]])}

@@ -224,6 +224,14 @@ class ChannelGraph:
         return "\n".join(lines)
 
 
+def expect_graph(graph: object) -> None:
+    """Refuse what is no graph, as where arguments come in another order."""
+    if not isinstance(graph, ChannelGraph):
+        raise MaskSparsityError(
+            f"expected a ChannelGraph, as trace gives it, got a {type(graph).__name__}"
+        )
+
+
 def _some(names: list[str], most: int = 6) -> str:
     names = list(dict.fromkeys(n.removesuffix(".weight") for n in names if not n.endswith(".bias")))
     more = f", and {len(names) - most} more" if len(names) > most else ""

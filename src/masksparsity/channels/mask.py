@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import MaskSparsityError
 from .constraints import repair
-from .groups import ChannelGraph
+from .groups import ChannelGraph, expect_graph
 
 
 class KeepMask(Mapping[str, Tensor]):
@@ -30,6 +30,7 @@ class KeepMask(Mapping[str, Tensor]):
     from_original: ClassVar[Callable]
 
     def __init__(self, graph: ChannelGraph, keep: Mapping[str, Tensor] | None = None):
+        expect_graph(graph)
         self.graph = graph
         self.units = torch.ones(graph.units, dtype=torch.bool)
         self.origin: dict[str, object] = {}
@@ -221,9 +222,7 @@ class KeepMask(Mapping[str, Tensor]):
         return mask
 
     def _same_graph(self, other: "KeepMask") -> "KeepMask":
-        ours = {g.name: g.size for g in self.graph.groups}
-        if ours != {g.name: g.size for g in other.graph.groups}:
-            raise MaskSparsityError("the two masks belong to different models")
+        self.graph.check_mask(other)
         return other
 
 

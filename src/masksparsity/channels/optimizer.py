@@ -28,6 +28,8 @@ def carry_over(
     Raises:
         MaskSparsityError: it cannot follow. Nothing has changed then.
     """
+    if not hasattr(optimizer, "param_groups"):
+        raise MaskSparsityError(f"expected an optimizer, got a {type(optimizer).__name__}")
     names = {id(tensor): name for name, tensor in old.items()}
     lists = [group["params"] for group in optimizer.param_groups]
     if any(id(p) not in names for params in lists for p in params):

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from ..errors import MaskSparsityError
 from ..tracing.network import named_tensors, unwrap
-from .groups import ChannelGraph
+from .groups import ChannelGraph, expect_graph
 from .mask import KeepMask
 
 KINDS = ("l1", "l2", "smooth_l1", "polarization")
@@ -191,6 +191,7 @@ def _scale_slots(
     model: nn.Module, graph: ChannelGraph, keep: KeepMask | None, shifts: bool
 ) -> dict[tuple[str, int], Tensor]:
     """(norm parameter, 0) -> bool: which of its channels are masked."""
+    expect_graph(graph)
     graph.check(model, keep)
     if not graph.norms:
         raise MaskSparsityError(

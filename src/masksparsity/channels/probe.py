@@ -86,6 +86,9 @@ def _some(graph: ChannelGraph, seed: int) -> KeepMask:
     if seed % 2:
         shares = shares[:1] * len(rows)
     keep = torch.ones(graph.units, dtype=torch.bool)
+    # Few channels at an end may be taken by a number.
+    for units in rows:
+        values[units[:, -1 + seed % 2]] = -1
     # What is taken by itself is gone in one mask and there in the next.
     alone = [p.reshape(-1) for c in graph.cuts for p in c.pieces if p.shape[1] == 1]
     picked = torch.cat([values.new_zeros(0).long(), *alone])
@@ -118,7 +121,7 @@ def _suspects(
     if level == 0:
         units = {*refusal.entered.tolist()}
         entered = [g for g in graph.prunable if units & {*range(g.start, g.start + g.size)}]
-        return [_ids(tracer, graph, group) for group in entered]
+        return [_ids(tracer, group) for group in entered]
     if level == 1:
         return [*refusal.read]
     if level == 2:
@@ -139,10 +142,10 @@ def _pairs(tracer: Tracer, graph: ChannelGraph, refusal: Refusal) -> list[Tensor
     """Labels of the groups of two that the operation which was refused reads."""
     read = [graph.unit_of[ids.reshape(-1)] for ids in refusal.read]
     units = {*torch.cat(read).tolist()} if read else set()
-    return [_ids(tracer, graph, g) for g in graph.prunable if g.size == 2 and g.start in units]
+    return [_ids(tracer, g) for g in graph.prunable if g.size == 2 and g.start in units]
 
 
-def _ids(tracer: Tracer, graph: ChannelGraph, group: ChannelGroup) -> Tensor:
+def _ids(tracer: Tracer, group: ChannelGroup) -> Tensor:
     """The labels of a group, as one of its tensors has them."""
     slot, units = next(iter(group.slots.items()))
     return tracer.slots[slot][(units >= group.start) & (units < group.start + group.size)]

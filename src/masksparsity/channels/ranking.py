@@ -1,6 +1,7 @@
 """The units that a mask may remove, in order of their scores, within limits."""
 
 import math
+import operator
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import TypedDict
@@ -8,7 +9,7 @@ from typing import TypedDict
 import torch
 
 from ..errors import MaskSparsityError
-from .groups import ChannelGraph, ChannelGroup
+from .groups import ChannelGraph, ChannelGroup, expect_graph
 from .mask import KeepMask
 from .scores import Scores
 
@@ -46,12 +47,17 @@ class Ranking:
     ):
         for name in unknown:
             raise MaskSparsityError(f"a selector takes no {name}{hint(name)}")
+        expect_graph(graph)
         if graph.prunable and not scores:
             raise MaskSparsityError("no channel group has a score; scores.norm scores all filters")
         scores = {name: torch.as_tensor(values) for name, values in scores.items()}
         ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-        if not (isinstance(min_keep, int) and isinstance(round_to, int)):
-            raise MaskSparsityError(f"min_keep={min_keep}, round_to={round_to}: whole numbers")
+        try:
+            min_keep, round_to = operator.index(min_keep), operator.index(round_to)
+        except TypeError:
+            raise MaskSparsityError(
+                f"min_keep={min_keep}, round_to={round_to}: whole numbers"
+            ) from None
         if min_keep < 0 or round_to < 1:
             raise MaskSparsityError("min_keep is at least 0, round_to at least 1")
         shares = dict(max_pruned) if isinstance(max_pruned, Mapping) else {"": max_pruned}

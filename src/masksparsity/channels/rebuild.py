@@ -12,7 +12,9 @@ from ..errors import MaskSparsityError
 from ..tracing.copies import duplicate
 from ..tracing.network import named_tensors
 from ..tracing.state import evaluating
+from ..tracing.tracer import FOLD
 from .silence import silence
+from .verify import Refusal
 
 _COMPUTING = (WeightNorm, BasePruningMethod)
 """Hooks that compute a weight before each forward."""
@@ -52,17 +54,27 @@ def rebuild(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     if fixed:
         raise MaskSparsityError(f"{fixed[0]} keeps its size in a copy of the model: protect it")
     pairs = [*zip(model.modules(), slim.modules(), strict=True)]
+    names = [name for name, _ in slim.named_modules()]
     # A weight that is read in train mode may take a step, as spectral_norm does.
     with evaluating([module for pair in pairs for module in pair]), torch.no_grad():
-        for before, after in pairs:
-            for hook in after._forward_pre_hooks.values():
-                if isinstance(hook, _COMPUTING):
-                    hook(after, ())
-            fix = next((ATTRIBUTES[t] for t in type(after).__mro__ if t in ATTRIBUTES), None)
-            unmade = isinstance(after, _WITH_WEIGHT) and not hasattr(after, "weight")
-            if fix is not None and not unmade:  # by a hook that has not run yet
-                fix(before, after)
+        for name, (before, after) in zip(names, pairs, strict=True):
+            try:
+                _follow(before, after)
+            except RuntimeError as error:
+                why = f"its weight cannot be made of fewer channels: {error}"
+                raise Refusal(why, "", name, f"To prune, {FOLD}") from error
     return slim
+
+
+def _follow(before: nn.Module, after: nn.Module) -> None:
+    """What a module has beside its tensors, of their shapes now."""
+    for hook in after._forward_pre_hooks.values():
+        if isinstance(hook, _COMPUTING):
+            hook(after, ())
+    fix = next((ATTRIBUTES[t] for t in type(after).__mro__ if t in ATTRIBUTES), None)
+    unmade = isinstance(after, _WITH_WEIGHT) and not hasattr(after, "weight")
+    if fix is not None and not unmade:  # by a hook that has not run yet
+        fix(before, after)
 
 
 def _conv(old: Any, new: Any) -> None:

@@ -1,8 +1,8 @@
 """Importance of every unit: group name -> float [size]. Higher stays longer.
 
-A score of a unit is a reduction (`max` by default, the cautious one) over what the unit owns: a
-channel of a residual stream is as important as it is to the most interested of its norms. Groups
-that own nothing to be scored by are left out, and selectors keep them whole.
+A score of a unit is a reduction over what the unit owns, `reduce` ("max", "mean", "sum" or "min"):
+by "max", a channel of a residual stream is as important as it is to the most interested of its
+norms. Groups that own nothing to be scored by are left out, and selectors keep them whole.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import MaskSparsityError
 from ..tracing.network import named_tensors, require_values, unwrap
 from ..tracing.state import untouched
-from .groups import ChannelGraph
+from .groups import ChannelGraph, expect_graph
 
 Scores = dict[str, Tensor]
 
@@ -27,9 +27,9 @@ def scale(model: nn.Module, graph: ChannelGraph, reduce: str = "max") -> Scores:
     Raises:
         MaskSparsityError: there are none.
     """
+    tensors = _tensors(model, graph)
     if not graph.norms:
         raise MaskSparsityError("scores.scale: this model has no BatchNorm scale; use scores.norm")
-    tensors = _tensors(model, graph)
     parts = {(n.weight, 0): tensors[n.weight].detach().abs() for n in graph.norms}
     return _collect(graph, parts, reduce)
 
@@ -108,6 +108,7 @@ def _collect(graph: ChannelGraph, parts: dict[tuple[str, int], Tensor], reduce: 
 
 
 def _tensors(model: nn.Module, graph: ChannelGraph) -> dict[str, Tensor]:
+    expect_graph(graph)
     graph.check(model)
     require_values(model)
     return dict(named_tensors(unwrap(model)))

@@ -17,7 +17,7 @@ from ..tracing.state import evaluating, made_anew, undisturbed, untouched
 from . import constraints as limits
 from .absorb import absorb as hand_over
 from .absorb import filters_and_scales
-from .groups import ChannelGraph
+from .groups import ChannelGraph, expect_graph
 from .mask import KeepMask
 from .optimizer import carry_over
 from .rebuild import kept_part, rebuild
@@ -29,8 +29,8 @@ def apply_mask(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> nn.Modu
     """A copy of `model` in which the removed channels are zero wherever they are produced: in
     filters, biases, scales and shifts; and, where zero does not stay zero on the way, as behind a
     sigmoid, wherever they are read. It computes what the slim model computes."""
-    graph.check_mask(keep)
-    graph.check(model)
+    expect_graph(graph)
+    graph.check(model, keep)
     masked = duplicate(unwrap(model))
     tensors = dict(named_tensors(masked))
     with torch.no_grad():
@@ -82,8 +82,8 @@ NOT_ZERO = (
     f"keep) does, not what model does. {_REMEDY}"
 )
 NOT_CONSTANT = (
-    "the scales of the removed channels are not zero, and absorb keeps what their shifts say "
-    f"alone: the slim network does not compute what model does. {_REMEDY}"
+    "the scales of the removed channels, or filters without a norm, are not zero, and absorb keeps "
+    f"what shifts say alone: the slim network does not compute what model does. {_REMEDY}"
 )
 _ZERO = 1e-6
 
@@ -115,6 +115,7 @@ def remove(
 ) -> nn.Module:
     """`prune` without a word; with `made_up`, the first proof computes no convolution, wherever
     the model is from."""
+    expect_graph(graph)
     graph.check_mask(keep)
     graph.check(model)
     made_up = made_up or (graph.made_up and not of_users(model))

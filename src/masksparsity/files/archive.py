@@ -81,7 +81,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             raise MaskSparsityError("the groups of its convolutions are not this model's")
     except MaskSparsityError as error:
         raise MaskSparsityError(f"{path}: {error}") from error
-    return slim.eval()
+    slim.eval()  # which a model of the user's may have changed to return nothing
+    return slim
 
 
 def _check_storable(name: str, tensor: torch.Tensor) -> None:

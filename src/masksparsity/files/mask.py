@@ -1,6 +1,7 @@
 """Masks as files: `mask.safetensors` holds the bools, `mask.json` beside it says what they are."""
 
 import json
+import os
 import pickle
 import re
 from pathlib import Path
@@ -50,6 +51,8 @@ def load_mask(path: str | Path, graph: ChannelGraph) -> KeepMask:
     """
     stem = _stem(path)
     file = stem.with_name(f"{stem.name}.safetensors")
+    if not file.exists():
+        raise MaskSparsityError(f"{file}: no such file; a mask is two, this and {stem.name}.json")
     bools, _ = tensors.read(file)
     groups = {n.removeprefix("group/"): v for n, v in bools.items() if n.startswith("group/")}
     if not groups:
@@ -111,6 +114,8 @@ def _rename(name: str) -> str:
 
 
 def _stem(path: str | Path) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise MaskSparsityError(f"expected the path of a file, got a {type(path).__name__}")
     path = Path(path)
     if not path.name:
         raise MaskSparsityError(f"{str(path)!r} is no name of a file")

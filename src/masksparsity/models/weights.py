@@ -11,19 +11,25 @@ from torch import Tensor, nn
 
 from masksparsity.errors import MaskSparsityError
 
-_NESTS = ("state_dict", "model_state", "model")  # where training scripts keep the state dict
+_NESTS = (
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "net",
+)  # where training scripts keep the state dict
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Copy the weights in `path` into `model`, in place and strictly.
 
-    Reads safetensors, or a torch file of plain tensors: a state dict, or one nested under
-    `state_dict`, `model_state` or `model`, with or without the `module.` prefix of data-parallel
-    training. Files older than BatchNorm's `num_batches_tracked` need not have it.
+    Reads safetensors, or a torch file of plain tensors: a state dict, or one nested as training
+    scripts do, with or without the prefix of data-parallel or compiled models. Files older than
+    BatchNorm's `num_batches_tracked` need not have it.
 
     Raises:
-        MaskSparsityError: the file is missing, damaged, needs to run code, or belongs to another
-            architecture. The model is then unchanged.
+        MaskSparsityError: the file is missing, damaged, not finite, needs to run code, or belongs
+            to another architecture. The model is then unchanged.
     """
     path = Path(path)
     state = _state_dict(_read(path), path)
@@ -92,5 +98,9 @@ def _state_dict(payload: object, path: Path) -> dict[str, Tensor]:
             raise MaskSparsityError(
                 f"{path} holds no state dict: {name!r} is a {type(value).__name__}, not a tensor"
             )
-    wrapped = all(name.startswith("module.") for name in payload)
-    return {name.removeprefix("module.") if wrapped else name: t for name, t in payload.items()}
+        if value.is_floating_point() and not value.isfinite().all():
+            raise MaskSparsityError(f"{path}: {name} is not finite everywhere")
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in payload):
+            payload = {name.removeprefix(prefix): value for name, value in payload.items()}
+    return dict(payload)

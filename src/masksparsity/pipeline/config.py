@@ -192,7 +192,9 @@ class Config:
             config: Self = build(cls, json.loads(Path(path).read_text()))
             return config
         except (OSError, ValueError) as error:
-            raise MaskSparsityError(f"{path} is not a saved config: {error}") from error
+            raise MaskSparsityError(
+                f"{path} is not the whole config of a run, as runs save it: {error}"
+            ) from error
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:

@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 import masksparsity as ms
 from masksparsity.data import DataConfig
-from masksparsity.files import atomic
+from masksparsity.files import atomic, tensors
 from masksparsity.pipeline.rundir import FILES
 from masksparsity.pipeline.stages import STAGES
 from masksparsity.pipeline.workspace import Workspace
@@ -75,7 +74,7 @@ def _scales(work: Workspace, found: dict[str, Any]) -> dict[str, Any]:
     for key, stage in SCALES.items():
         untrained = stage == "sparsify" and work.config.sparsify.epochs == 0  # the baseline's
         if stage in found and not untrained:
-            weights = load_file(work.runs.folder(stage) / FILES["weights"])
+            weights, _ = tensors.read(work.runs.folder(stage) / FILES["weights"])
             scales[key] = torch.cat([weights[f"{name}.weight"] for name in norms]).abs()
     top = max(float(s.max()) for s in scales.values()) if scales else 1.0
     edges = torch.linspace(0, top or 1.0, BINS + 1)

@@ -151,7 +151,8 @@ def _teacher(work: Workspace, stage: str) -> Teacher | None:
     phase = getattr(work.config, STAGES[stage].sections[-1])
     model = work.network(work.file(STAGES[stage], "teacher"))
     work.check(model)
-    return Teacher(model.eval(), phase.distill, phase.temperature)
+    model.eval()
+    return Teacher(model, phase.distill, phase.temperature)
 
 
 def _train(

@@ -44,8 +44,8 @@ def _fields(kind: type, value: dict[str, Any], name: str) -> Any:
     inner = {key: f"{name}.{key}".lstrip(".") for key in value}
     if unknown := value.keys() - hints.keys():
         raise ValueError(f"no setting is called {inner[min(unknown)]}")
-    fields = {key: build(hints[key], item, inner[key]) for key, item in value.items()}
-    try:
-        return kind(**fields)
-    except TypeError as error:  # a field without a default is missing
-        raise ValueError(f"{name or 'the file'}: {error}") from error
+    none = dataclasses.MISSING
+    needed = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is none]
+    if missing := [key for key in needed if key not in value]:
+        raise ValueError(f"{name or 'the file'} lacks {', '.join(missing)}")
+    return kind(**{key: build(hints[key], item, inner[key]) for key, item in value.items()})

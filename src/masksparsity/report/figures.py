@@ -26,7 +26,9 @@ def _log(axes: Axes) -> None:
 
 def accuracy(results: Results, runs: Mapping[str, Results]) -> Figure | None:
     """Test accuracy in % after each stage."""
-    names = ("baseline", "before_removal", "after_removal", "finetuned", "scratch")
+    names = (
+        "baseline", "before_removal", "after_removal", "recalibrated", "finetuned", "scratch",
+    )  # fmt: skip
     known = {name: number(results, "accuracy", name) for name in names}
     points = {name: 100 * value for name, value in known.items() if value is not None}
     if not points:

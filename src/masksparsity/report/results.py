@@ -123,7 +123,7 @@ def summary(results: Results) -> str:
     ]
     if removed:
         parts.append(" and ".join(removed) + " removed")
-    ends = [number(results, "accuracy", key) for key in ("baseline", "finetuned")]
+    ends = [number(results, "accuracy", k) for k in ("baseline", "finetuned", "recalibrated")]
     known = [percent(end) for end in ends if end is not None]
     if known:
         parts.append("accuracy " + " → ".join(known))

@@ -7,6 +7,7 @@ done again with real ones.
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -200,13 +201,15 @@ def _run(
                 products = len(tracer.products)
                 out = model(*args, **kwargs)
                 del tracer.products[products:]
+            out = [*out] if isinstance(out, Iterator) else out  # computed as they are asked for
             random = training and drawn(tracer.decided)
             kept = tracer.memory.written(tensors_in(out))
         tracer.assigned()
     tracer.operation = "output"
     for ids in kept:
         tracer.pin(ids, "kept until the next forward")
-    found = [m for t in tensors_in(out) for m in tracer.labels(t)]
+    given = [*tensors_in((out, args, kwargs))]  # into containers that came in, too
+    found = [m for t in given for m in tracer.labels(t)]
     tracer.origins = tracer.sources.of(tensors_in(out))
     lengths = [n for x in tensors_in(out) for n in aside(x, tracer.labels(x))]
     leaves, structure = tree_flatten(out)

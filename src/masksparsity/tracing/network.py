@@ -1,7 +1,8 @@
 """A user's network and its inputs: named, unwrapped, and whose code it is."""
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Set, ValuesView
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -64,6 +65,11 @@ def arguments(example_inputs: Any) -> tuple[tuple, dict]:
     return (example_inputs,), {}
 
 
+def copied(inputs: Any) -> Any:
+    """For a forward that may write to them."""
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+
+
 def _plain(x: Any) -> Any:
     carries = isinstance(x, Tensor) and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
     return x.as_subclass(Tensor) if carries and type(x) not in (Tensor, nn.Parameter) else x
@@ -122,8 +128,12 @@ def at_least_two(x: Any) -> Any:
     return torch.cat([x, x]) if isinstance(x, Tensor) and x.ndim and len(x) == 1 else x
 
 
+_CONTAINERS = (Mapping, list, tuple, deque, Set, ValuesView)
+
+
 def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Also those inside dataclasses and plain objects, which PyTorch takes for leaves."""
+    """Also those inside what PyTorch takes for leaves: subclasses of containers, dataclasses and
+    plain objects."""
     seen: set[int] = set()
     todo = [tree]
     while todo:
@@ -132,5 +142,7 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
                 yield leaf
             elif not isinstance(leaf, (type, nn.Module)) and id(leaf) not in seen:
                 seen.add(id(leaf))
+                if isinstance(leaf, _CONTAINERS):
+                    todo.append([*leaf.values()] if isinstance(leaf, Mapping) else [*leaf])
                 names = {*getattr(leaf, "__dict__", ()), *getattr(type(leaf), "__slots__", ())}
                 todo.append([getattr(leaf, name, None) for name in sorted(names)])

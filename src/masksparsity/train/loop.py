@@ -17,7 +17,7 @@ from masksparsity.train import dist
 from masksparsity.train.config import Phase, TrainConfig
 from masksparsity.train.ema import Ema
 from masksparsity.train.evaluate import evaluate
-from masksparsity.train.progress import Meter
+from masksparsity.train.progress import Meter, say
 from masksparsity.train.schedule import learning_rate
 from masksparsity.train.step import Step, Teacher, create_optimizer
 
@@ -106,6 +106,8 @@ def fit(
     train = data.training()
     step = Step(dist.wrap(model), optimizer, config, teacher)
     first, batches = len(state.history), len(train) + len(data.test)
+    if 0 < first < phase.epochs:
+        say(f"{folder.name}: goes on from epoch {first + 1} of {phase.epochs}")
     with Meter(folder.name, phase.epochs * batches, first * batches) as meter:
         for epoch in range(first, phase.epochs):
             start = time.monotonic()
