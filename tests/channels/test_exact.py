@@ -1,6 +1,7 @@
 """Exactness is the specification: what `apply_mask` computes, `prune` computes."""
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ MODELS = {
     "vgg16_bn": (lambda: ms.models.create("vgg16_bn", width=16), 32),
     "tv-resnet18": (lambda: ms.models.create("torchvision/resnet18"), 32),
     "tv-resnet50": (lambda: ms.models.create("torchvision/resnet50"), 32),
-    "tv-vgg11_bn": (lambda: ms.models.create("torchvision/vgg11_bn"), 32),
+    # As torchvision's VGG, whose own classifier takes a minute in double precision.
+    "flattened": (lambda: _flattened(), 32),
     # Narrow: grouped convolutions in double precision have no fast path on the CPU.
     "tv-mobilenet_v2": (lambda: ms.models.create("torchvision/mobilenet_v2", width_mult=0.35), 32),
     "tv-resnet50-grouped": (
@@ -30,6 +32,15 @@ MODELS = {
         32,
     ),
 }
+
+
+def _flattened() -> nn.Module:
+    def block(i: int, o: int) -> tuple[nn.Module, ...]:
+        return nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(True), nn.MaxPool2d(2)
+
+    head = nn.Linear(16 * 49, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 10)
+    flat = nn.AdaptiveAvgPool2d(7), nn.Flatten()
+    return nn.Sequential(*block(3, 8), *block(8, 16), *flat, *head)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -87,11 +98,18 @@ def test_a_wrong_mask_is_seen(case):
         assert _distance(masked(inputs), slim(inputs)) > 1e-2
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(model=networks(), seed=st.integers(0, 2**31), empty=st.sampled_from((0.0, 0.2)))
-def test_random_networks_are_exact_or_refused(model, seed, empty):
-    outcome, distance = attempt(model, seed, empty)
-    assert outcome != "wrong", distance
+def test_random_networks_are_exact_or_refused():
+    outcomes: Counter[str] = Counter()
+
+    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(model=networks(), seed=st.integers(0, 2**31), empty=st.sampled_from((0.0, 0.2)))
+    def check(model, seed, empty):
+        outcome, distance = attempt(model, seed, empty)
+        outcomes[outcome] += 1
+        assert outcome != "wrong", distance
+
+    check()
+    assert outcomes["exact"] > outcomes["refused"]
 
 
 def attempt(model: nn.Module, seed: int, empty: float) -> tuple[str, float]:
