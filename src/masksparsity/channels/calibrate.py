@@ -1,5 +1,6 @@
 """Precise BatchNorm statistics: measured over given batches instead of remembered from training."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,13 +28,15 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
     ]
     momenta = [norm.momentum for norm in norms]
-    seen = dict.fromkeys(norms, 0)
+    seen: Counter[Any] = Counter()
 
     def count_up(norm: Any, _: Any) -> None:
         seen[norm] += 1
-        norm.momentum = 1 / seen[norm]  # None would say so, but not to norms of other makers
+        norm.momentum = 1 / seen[norm]
 
-    hooks = [norm.register_forward_pre_hook(count_up) for norm in norms]
+    # None says so, but may not to norms with a forward of their own.
+    others = [n for n in norms if type(n).forward is not nn.modules.batchnorm._BatchNorm.forward]
+    hooks = [norm.register_forward_pre_hook(count_up) for norm in others]
     before = [(b, b.clone()) for norm in norms for b in norm.buffers(recurse=False)]
     count = 0
     try:
@@ -42,6 +45,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
                 if not count:  # not before there is something to measure
                     for norm in norms:
                         norm.reset_running_stats()
+                        norm.momentum = None  # cumulative average
                         norm.training = True
                 inputs = batch if isinstance(batch, (Tensor, Mapping)) else batch[0]
                 # A list is one input: the images of a detector.
@@ -53,8 +57,9 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> int:
             buffer.copy_(value)
         raise
     finally:
-        for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+        for hook in hooks:
             hook.remove()
     if not count:
         raise MaskSparsityError("recalibrate: no batches to measure on; nothing has changed")

@@ -30,7 +30,8 @@ def apply_mask(model: nn.Module, graph: ChannelGraph, keep: KeepMask) -> nn.Modu
     filters, biases, scales and shifts; and, where zero does not stay zero on the way, as behind a
     sigmoid, wherever they are read. It computes what the slim model computes."""
     expect_graph(graph)
-    graph.check(model, keep)
+    graph.check_mask(keep)
+    graph.check(model)
     masked = duplicate(unwrap(model))
     tensors = dict(named_tensors(masked))
     with torch.no_grad():

@@ -101,15 +101,14 @@ class RunDir:
         aside = self.path / _ASIDE
         shutil.rmtree(aside, ignore_errors=True)
         names = [*self._started_from(stage), *RESULTS]
-        moved = [name for name in names if (self.path / name).exists()]
         try:
             aside.mkdir()
-            for name in moved:
+            for name in filter(lambda name: (self.path / name).exists(), names):
                 (self.path / name).rename(aside / name)
             if (self.path / CONFIG).exists():
                 shutil.copy(self.path / CONFIG, aside)
-                moved.append(CONFIG)
         except OSError as error:
+            self._put_back()
             raise RunFailure(
                 f"cannot remove {self.path / stage}: {error.strerror}; make it writable, or choose "
                 "another place"
@@ -119,10 +118,13 @@ class RunDir:
         except MaskSparsityError:
             if not (self.folder(stage) / CHECKPOINT).exists():
                 shutil.rmtree(self.folder(stage), ignore_errors=True)
-                for name in moved:
-                    (aside / name).replace(self.path / name)
-                aside.rmdir()
+                self._put_back()
             raise
+
+    def _put_back(self) -> None:
+        for path in (self.path / _ASIDE).glob("*"):
+            path.replace(self.path / path.name)
+        shutil.rmtree(self.path / _ASIDE, ignore_errors=True)
 
     def _started_from(self, stage: str) -> dict[str, None]:
         """The names of a stage, and of all that started from its files."""
