@@ -9,6 +9,7 @@ import masksparsity as ms
 from masksparsity.channels.probe import _some
 
 from .middle import Middle, exact
+from .networks import random_mask
 
 
 class Literal(nn.Module):
@@ -110,6 +111,29 @@ def test_the_masks_of_selectors_are_not_refused(name):
             keep = ms.select.uniform(graph, ms.scores.norm(model, graph), share)
             slim = ms.prune(model, graph, keep)
             torch.testing.assert_close(slim(x), ms.apply_mask(model, graph, keep)(x))
+
+
+def _weighted(parts: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([k * part for k, part in enumerate(parts, 1)], 1)
+
+
+def _by_fours(x: Tensor) -> tuple[Tensor, ...]:
+    return x[:, :4], x[:, 4:]
+
+
+@pytest.mark.parametrize(
+    ("cut", "free"), [(lambda x: x.tensor_split(4, 1), [8]), (lambda x: x.chunk(4, 1), [8]),
+                      (_by_fours, [4])],
+)  # fmt: skip
+def test_slices_side_by_side_keep_equal_counts(cut, free):
+    torch.manual_seed(0)
+    model, x = Middle(lambda s, x: _weighted(cut(x))).double(), torch.randn(2, 3, 6, 6).double()
+    graph = ms.trace(model, x)
+    assert [g.size for g in graph.prunable] == free
+    for seed in range(4):
+        keep = random_mask(graph, seed).repaired()
+        expected = ms.apply_mask(model, graph, keep)(x)
+        torch.testing.assert_close(ms.prune(model, graph, keep)(x), expected, rtol=0, atol=1e-12)
 
 
 def test_a_size_in_an_attribute_follows():

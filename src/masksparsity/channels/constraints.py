@@ -96,14 +96,14 @@ def equal_pieces(cuts: list[Cut], modules: Mapping[str, nn.Module]) -> list[tupl
     found: dict[Any, tuple[Cut, list[Tensor]]] = {}
     for k, cut in enumerate(cuts):
         place: Any = k
+        pieces = cut.pieces
         if cut.operation == "split_with_sizes":
             if _lists(modules.get(cut.module), cut.numbers):
                 continue  # each length is written down by itself
             place = cut.module
-        elif cut.operation == "slice" and not _second_half(cut, cuts):
-            continue
-        pieces = cut.pieces
-        if not pieces and cut.operation in VIEWS and _has(modules.get(cut.module), cut.whole):
+        elif cut.operation == "slice":
+            pieces = _side_by_side(cut, cuts)
+        elif not pieces and cut.operation in VIEWS and _has(modules.get(cut.module), cut.whole):
             place, pieces = (cut.module, _WIDTH), (cut.whole,)
             cut = cut._replace(operation=_WIDTH)
         for piece in pieces:
@@ -113,16 +113,20 @@ def equal_pieces(cuts: list[Cut], modules: Mapping[str, nn.Module]) -> list[tupl
     return [(cut, rows) for cut, rows in stacked if 1 < len(rows) <= _MANY]
 
 
-def _second_half(cut: Cut, cuts: list[Cut]) -> bool:
-    """Whether the other half is taken, too."""
-    length = cut.whole.shape[1]
-    return cut.numbers == (length // 2, length) and any(
-        other.module == cut.module
-        and other.numbers == (0, length // 2)
-        and torch.equal(other.whole, cut.whole)
+def _side_by_side(cut: Cut, cuts: list[Cut]) -> tuple[Tensor, ...]:
+    """All pieces as long as this one, if it is the last and all others are taken, too."""
+    length, (begin, end) = cut.whole.shape[1], cut.numbers
+    size = end - begin
+    if end != length or not 0 < size < length or length % size:
+        return ()
+    taken = {
+        other.numbers
         for other in cuts
-        if other.operation == "slice"
-    )
+        if (other.operation, other.module) == ("slice", cut.module)
+        and torch.equal(other.whole, cut.whole)
+    }
+    every = all((first, first + size) in taken for first in range(0, length, size))
+    return cut.whole.split(size, 1) if every else ()
 
 
 def _lists(module: Any, sizes: tuple[int, ...]) -> bool:
