@@ -6,7 +6,7 @@ from masksparsity.data.config import DataConfig
 from masksparsity.data.imageset import ImageSet, Pixels, need_root
 from masksparsity.data.loader import Data
 from masksparsity.errors import MaskSparsityError
-from masksparsity.models.userfunction import user_function
+from masksparsity.userfunction import user_function
 
 
 def digits(config: DataConfig) -> ImageSet:

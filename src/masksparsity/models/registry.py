@@ -11,9 +11,9 @@ from torch import nn
 
 from masksparsity.errors import MaskSparsityError
 from masksparsity.models.resnet import DEPTHS, CifarResNet
-from masksparsity.models.userfunction import user_function
 from masksparsity.models.vgg import CifarVGG
 from masksparsity.models.weights import load_weights
+from masksparsity.userfunction import user_function
 
 Factory = Callable[..., nn.Module]
 
