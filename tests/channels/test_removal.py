@@ -32,7 +32,7 @@ def test_prune_warns_while_what_it_removes_is_not_zero():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         slim = ms.prune(model, graph, keep)
-        ms.prune(ms.models.create("resnet20", width=4), graph, keep, absorb="bias")
+        ms.prune(model, graph, keep, absorb="bias")
         ms.prune(model, graph, ms.KeepMask(graph))
     assert torch.allclose(slim.eval()(X), model.eval()(X), atol=1e-4)
 
