@@ -155,9 +155,7 @@ class Penalty(ABC):
         if own.keys() != state.keys() or not all(
             self._fits(key, value, state[key]) for key, value in own.items()
         ):
-            raise MaskSparsityError(
-                "this state belongs to a penalty on another model or mask, or of another span"
-            )
+            raise MaskSparsityError("this state is of a penalty on another model or mask, or span")
         for key, value in own.items():
             value.copy_(state[key])
 

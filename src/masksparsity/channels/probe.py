@@ -88,7 +88,7 @@ def _some(graph: ChannelGraph, seed: int) -> KeepMask:
     keep = torch.ones(graph.units, dtype=torch.bool)
     # Few channels at an end may be taken by a number.
     for units in rows:
-        values[units[:, -1 + seed % 2]] = -1
+        values[units[:, 0 if seed % 2 else -1]] = -1
     # What is taken by itself is gone in one mask and there in the next.
     alone = [p.reshape(-1) for c in graph.cuts for p in c.pieces if p.shape[1] == 1]
     picked = torch.cat([values.new_zeros(0).long(), *alone])

@@ -11,13 +11,8 @@ from torch import Tensor, nn
 
 from masksparsity.errors import MaskSparsityError
 
-_NESTS = (
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "net",
-)  # where training scripts keep the state dict
+# Where training scripts keep the state dict.
+_NESTS = ("state_dict", "model_state_dict", "model_state", "model", "net")
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -100,7 +100,8 @@ class RunDir:
         checkpoint, and is removed when the stage is complete."""
         aside = self.path / _ASIDE
         shutil.rmtree(aside, ignore_errors=True)
-        names = [*self._started_from(stage), *RESULTS]
+        # The stage itself last: a kill in between leaves nothing beside one that it is not of.
+        names = [*RESULTS, *reversed(self._started_from(stage))]
         try:
             aside.mkdir()
             for name in filter(lambda name: (self.path / name).exists(), names):

@@ -59,6 +59,7 @@ class State:
                 if self.ema is not None:
                     self.trained.load_state_dict(saved["ema"])
                 self.history = saved["history"]
+                say(f"{self.folder.name}: goes on after epoch {len(self.history)}")
             except (KeyError, RuntimeError) as error:
                 raise MaskSparsityError(
                     f"{path} is a checkpoint of something else ({error}). "
@@ -106,8 +107,6 @@ def fit(
     train = data.training()
     step = Step(dist.wrap(model), optimizer, config, teacher)
     first, batches = len(state.history), len(train) + len(data.test)
-    if 0 < first < phase.epochs:
-        say(f"{folder.name}: goes on from epoch {first + 1} of {phase.epochs}")
     with Meter(folder.name, phase.epochs * batches, first * batches) as meter:
         for epoch in range(first, phase.epochs):
             start = time.monotonic()
