@@ -4,7 +4,7 @@ import math
 import operator
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import SupportsIndex, TypedDict
+from typing import TypedDict
 
 import torch
 
@@ -52,7 +52,12 @@ class Ranking:
             raise MaskSparsityError("no channel group has a score; scores.norm scores all filters")
         scores = {name: torch.as_tensor(values) for name, values in scores.items()}
         ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-        min_keep, round_to = _whole("min_keep", min_keep), _whole("round_to", round_to)
+        try:
+            min_keep, round_to = operator.index(min_keep), operator.index(round_to)
+        except TypeError:
+            raise MaskSparsityError(
+                f"min_keep={min_keep}, round_to={round_to}: whole numbers"
+            ) from None
         if min_keep < 0 or round_to < 1:
             raise MaskSparsityError("min_keep is at least 0, round_to at least 1")
         shares = dict(max_pruned) if isinstance(max_pruned, Mapping) else {"": max_pruned}
@@ -111,13 +116,6 @@ class Ranking:
                 break
             mask = KeepMask(self.graph, {n: v & (n not in useless) for n, v in mask.items()})
         return mask
-
-
-def _whole(name: str, value: SupportsIndex) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise MaskSparsityError(f"{name}={value}: a whole number") from None
 
 
 def hint(name: str) -> str:
