@@ -73,7 +73,7 @@ def _trace(
     rules: Mapping[str, Rule],
 ) -> ChannelGraph:
     table = {**RULES, **rules}
-    tracer = Tracer(model, table, made_up=not rules and not theirs)
+    tracer = Tracer(model, table, made_up=not rules and not theirs, theirs=theirs)
     try:
         _follow(tracer, model, args, kwargs, theirs)
         again = tracer.made_up and tracer.mattered
@@ -82,7 +82,7 @@ def _trace(
             raise
         again = True
     if again:
-        tracer = Tracer(model, table)
+        tracer = Tracer(model, table, theirs=theirs)
         _follow(tracer, model, args, kwargs, theirs)
     protect_units(tracer)
     _protect_scripts(tracer)

@@ -17,7 +17,7 @@ from ..errors import MaskSparsityError
 from ..tracing.copies import shadow
 from ..tracing.forward import run, run_training
 from ..tracing.labels import Reason, Record
-from ..tracing.network import like
+from ..tracing.network import like, of_users
 from ..tracing.rules import RULES
 from ..tracing.tracer import Tracer
 from .groups import ChannelGraph
@@ -89,8 +89,9 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask, made_up: bool = 
     stays = units[graph.unit_of]
     given = {slot: labels[stays[labels]] for slot, labels in graph.labels.items()}
     failure = None
-    with shadow(slim) as net:
-        tracer = Tracer(net, {**RULES, **graph.rules}, given, made_up)
+    theirs = of_users(slim)
+    with shadow(slim, theirs) as net:
+        tracer = Tracer(net, {**RULES, **graph.rules}, given, made_up, theirs)
         try:
             _replay(tracer, net, graph)
         except Exception as error:

@@ -174,7 +174,7 @@ def _run(
     tracer: Tracer, model: nn.Module, args: tuple, kwargs: dict, training: bool, seed: int
 ) -> bool:
     tracer.decided = False
-    with ALONE, contextlib.ExitStack() as stack, unchanged(tracer.modules.values()) as held:
+    with ALONE, contextlib.ExitStack() as stack, unchanged(tracer.keepers) as held:
         keeps = [x for x in held if id(x) not in tracer.names]
         inputs = [*tensors_in((args, kwargs))]
         tracer.memory.begin(keeps, inputs)
@@ -222,7 +222,7 @@ def _run(
 def _remembers(tracer: Tracer) -> bool:
     """Whether forward has kept channels, or new tensors, which the next one may read."""
     before = {id(x) for x in tracer.memory.kept} | tracer.names.keys()
-    kept = kept_by(tracer.modules.values())
+    kept = kept_by(tracer.keepers)
     return any(
         id(x) not in before or (id(x) not in tracer.names and tracer.labels(x)) for x in kept
     )

@@ -2,7 +2,7 @@
 
 import functools
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Set, ValuesView
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set, ValuesView
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -94,7 +94,8 @@ def of_users(model: nn.Module) -> bool:
     things in train mode, such as return features. That of libraries asks for the mode for the sake
     of dropout, and of auxiliary heads, whose parameters tell."""
     modules = [*model.modules()]
-    states = [vars(m) for m in modules if not _FUNCTIONS.isdisjoint(map(type, vars(m).values()))]
+    states = [vars(m) for m in _but_plain(modules)]
+    states = [s for s in states if not _FUNCTIONS.isdisjoint(map(type, s.values()))]
     return (
         any(not kind.__module__.startswith(LIBRARIES) for kind in {type(m) for m in modules})
         or nn.modules.module._has_any_global_hook()
@@ -104,6 +105,21 @@ def of_users(model: nn.Module) -> bool:
     )
 
 
+def keepers(modules: Collection[nn.Module], theirs: bool) -> list[nn.Module]:
+    """Those in which forward may keep something: all but PyTorch's plain layers, unless code of
+    users runs (`theirs`), which may write into any."""
+    return [*modules] if theirs else _but_plain(modules)
+
+
+def _but_plain(modules: Collection[nn.Module]) -> list[nn.Module]:
+    plain = {kind for kind in {*map(type, modules)} if kind.__module__ in _LAYERS}
+    return [m for m in modules if type(m) not in plain]
+
+
+_LAYERS = frozenset(
+    f"torch.nn.modules.{name}"
+    for name in ("activation", "batchnorm", "container", "conv", "dropout", "linear", "pooling")
+)
 LIBRARIES = ("torch.nn.", "torchvision.", "timm.", "masksparsity.")  # scripts are users' code
 _FUNCTIONS = frozenset({FunctionType, MethodType, functools.partial})
 

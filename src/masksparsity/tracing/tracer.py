@@ -19,7 +19,7 @@ from ..errors import MaskSparsityError
 from .findings import LOOSE, Findings, lengths
 from .labels import ANONYMOUS, NOTHING, Labels, Reason, Slot
 from .memory import BLANK, VIEWED, Memory, is_viewed, root
-from .network import tensors_in, tensors_of
+from .network import keepers, tensors_in, tensors_of
 from .origins import ORIGIN, WRITTEN, Origins
 from .state import kept_by
 
@@ -46,6 +46,7 @@ class Tracer(Findings):
         rules: Mapping[str, Rule],
         given: dict[Slot, Tensor] | None = None,
         made_up: bool = False,
+        theirs: bool = True,
     ):
         super().__init__(given is not None)
         self.rules = rules
@@ -77,7 +78,8 @@ class Tracer(Findings):
         for flat, ids in zip(self.fresh.values(), maps, strict=True):
             self._place(flat, ids, 1)
         self.token = object()
-        self.memory = Memory(self.names, lambda: kept_by(self.modules.values()))
+        self.keepers = keepers(self.modules.values(), theirs)
+        self.memory = Memory(self.names, lambda: kept_by(self.keepers))
         self.sources = Origins(self.names)
         self._own: dict[str, tuple[Labels, ...]] = {}
 
