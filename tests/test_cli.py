@@ -67,6 +67,17 @@ def test_run_ends_with_the_table_and_the_report(shell: Shell, tmp_path: Path) ->
     assert code == 0
     assert err.count("done before") == 6
 
+    # A run is known by its directory: its settings, and the network that it has come to.
+    finetuned = json.loads((run / "results.json").read_text())["correct"]["finetuned"]
+    code, out, err = shell("evaluate", "--weights", run)
+    assert code == 0, err
+    assert f"({finetuned} of " in out
+    code, out, err = shell("export", f"--weights={run}", "--out", "slim.pt2")
+    assert code == 0, err
+    code, out, err = shell("compare-masks", run / "mask/mask.json", run / "mask/mask.json")
+    assert code == 0, err
+    assert "IoU 1.000" in out
+
 
 def test_help_names_every_command_and_recipe(shell: Shell) -> None:
     code, out, _ = shell("--help")
@@ -148,6 +159,7 @@ def test_prune_one_shot(shell: Shell, weights: Path, tmp_path: Path) -> None:
         (["mask", "--mask.pruned-macs", "0.9999", "--weights", "WEIGHTS"], "cannot be met"),
         (["mask", "--mask.ignore", "layer9", "--weights", "WEIGHTS"], "layer9"),
         (["evaluate"], "--weights"),
+        (["evaluate", "--weights", "."], "holds no network"),
         (["evaluate", "--weights", "missing.th"], "missing.th"),
         (["evaluate", "--weights", "CUT"], "cut.safetensors"),
         (["evaluate", "--model.name", "resnet32", "--weights", "WEIGHTS"], "another architecture"),

@@ -16,7 +16,7 @@ import tyro
 from masksparsity.commands import COMMANDS, NEED_DATA, files_of, misplaced, show
 from masksparsity.errors import MaskSparsityError, RunFailure
 from masksparsity.pipeline.config import BUDGETS, READ_BY, Config
-from masksparsity.pipeline.rundir import FILES
+from masksparsity.pipeline.rundir import CONFIG, FILES
 from masksparsity.pipeline.stages import STAGES
 from masksparsity.recipes import RECIPES, recipe
 from masksparsity.train import dist
@@ -83,7 +83,18 @@ def _config(command: str, arguments: list[str]) -> tuple[Config, list[str]]:
         # The only positional arguments beside the recipe are the masks to compare.
         case [first, *rest] if not first.startswith("-") and command != "compare-masks":
             return recipe(first), rest
+    run = _run_of(command, arguments)
+    if run is not None and (run / CONFIG).exists():
+        return Config.read(run / CONFIG), arguments
     return recipe(next(iter(RECIPES))), arguments
+
+
+def _run_of(command: str, arguments: list[str]) -> Path | None:
+    """The run, if it is one, that a command looks at."""
+    if command == "compare-masks":
+        return Path(arguments[0]).parent.parent if arguments else None  # of RUN/mask/mask.json
+    weights = _flags(arguments).get("weights")
+    return Path(weights) if weights and command not in STAGES else None
 
 
 def _with_model(config: Config, command: str, arguments: list[str], named: bool) -> Config:
@@ -102,11 +113,7 @@ def _with_model(config: Config, command: str, arguments: list[str], named: bool)
 
 def _refuse_unread(config: Config, command: str, arguments: list[str]) -> None:
     """A flag without effect is a mistake: a run would not be what it is taken for."""
-    given: dict[str, str] = {}
-    for argument, following in pairwise([*arguments, ""]):
-        if argument.startswith("--"):
-            flag, _, value = argument[2:].partition("=")
-            given[flag.replace("-", "_")] = value or following
+    given = _flags(arguments)
     if command == "report" and (others := given.keys() - {"out", "recipe", "help"}):
         raise MaskSparsityError(
             f"report shows a run with the run's own settings; it does not read --{min(others)}"
@@ -122,6 +129,16 @@ def _refuse_unread(config: Config, command: str, arguments: list[str]) -> None:
                 f"--{flag} is not read with --{setting} {value}: it is for "
                 f"{' and '.join(values) or 'more than that'}"
             )
+
+
+def _flags(arguments: list[str]) -> dict[str, str]:
+    """The flags that are given, with their values."""
+    given: dict[str, str] = {}
+    for argument, following in pairwise([*arguments, ""]):
+        if argument.startswith("--"):
+            flag, _, value = argument[2:].partition("=")
+            given[flag.replace("-", "_")] = value or following
+    return given
 
 
 def _refuse_second_mask(config: Config, given: dict[str, str]) -> None:

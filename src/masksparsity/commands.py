@@ -104,7 +104,8 @@ def inspect(config: Flags, *, weights: Path | None = None) -> None:
     """Show what can be pruned, what is protected and why, and what a mask would save.
 
     Args:
-        weights: An archive, dense or slim, or bare weights; --model.weights serves too.
+        weights: An archive, dense or slim, bare weights, or a run directory: the network that the
+            run has come to, with its settings. --model.weights serves too.
     """
     work, path = Workspace(config), weights or config.model.weights
     model = work.network(path) if path else work.dense()
@@ -134,11 +135,12 @@ def evaluate(config: Flags, *, weights: Path | None = None) -> None:
     """Count what a network gets right on the whole test set.
 
     Args:
-        weights: An archive, dense or slim, or bare weights; --model.weights serves too.
+        weights: An archive, dense or slim, bare weights, or a run directory: the network that the
+            run has come to, with its settings. --model.weights serves too.
     """
     path = weights or config.model.weights
     if path is None:
-        raise MaskSparsityError("evaluate needs weights: --weights FILE")
+        raise MaskSparsityError("evaluate needs weights: --weights FILE, or a run directory")
     work = Workspace(config)
     counted = measure(work, work.network(path))
     show(f"accuracy {counted['accuracy']:.2%} ({counted['correct']} of {counted['total']})")
@@ -148,7 +150,8 @@ def profile(config: Flags, *, weights: Path | None = None) -> None:
     """Count and measure what a network costs.
 
     Args:
-        weights: An archive, dense or slim, or bare weights; random if not given.
+        weights: An archive, dense or slim, bare weights, or a run directory: the network that the
+            run has come to, with its settings. Random if not given.
     """
     work = Workspace(config)
     path = weights or config.model.weights
@@ -165,12 +168,13 @@ def export(config: Flags, *, weights: Path | None = None, out: Path = Path("mode
     """Write a network for use outside of Python, checked against the one that it is made from.
 
     Args:
-        weights: An archive, dense or slim, or bare weights; --model.weights serves too.
+        weights: An archive, dense or slim, bare weights, or a run directory: the network that the
+            run has come to, with its settings. --model.weights serves too.
         out: ONNX (.onnx) or torch.export (.pt2); batches of any length.
     """
     path = weights or config.model.weights
     if path is None:
-        raise MaskSparsityError("export needs weights: --weights FILE")
+        raise MaskSparsityError("export needs weights: --weights FILE, or a run directory")
     work = Workspace(config)
     ms.export(work.network(path), work.example(), out)
     show(f"{out}: {out.stat().st_size / 2**20:.1f} MiB")

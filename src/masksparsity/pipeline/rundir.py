@@ -69,6 +69,17 @@ class RunDir:
         """The result of a complete stage."""
         return self._read(stage, RESULT, "seconds", "origin")
 
+    def network(self) -> Path:
+        """The file of the network that the run has come to: the finetuned one once there is one.
+
+        Raises:
+            MaskSparsityError: no stage that makes one is complete.
+        """
+        for stage in ("finetune", "prune", "one-shot", "mask-sparsify", "train"):
+            if self.complete(stage):
+                return self.folder(stage) / FILES["weights"]
+        raise MaskSparsityError(f"{self.path} holds no network: no stage that makes one is done")
+
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """How the epochs of a stage went, as far as it is."""
         try:

@@ -130,7 +130,9 @@ class Workspace:
         return self.place(self._create(weights))
 
     def network(self, path: str | Path) -> nn.Module:
-        """The network in a file: an archive, dense or slim, or weights of the dense network."""
+        """The network in a file: an archive, dense or slim, or weights of the dense network; of a
+        run directory, the one that the run has come to."""
+        path = RunDir(Path(path)).network() if Path(path).is_dir() else path
         if _is_archive(path):
             dense = self._create(None)
             loaded = ms.load(path, model=dense)
