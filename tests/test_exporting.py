@@ -82,6 +82,19 @@ def test_keyword_inputs_and_several_outputs(tmp_path: Path) -> None:
     assert torch.equal(torch.export.load(path).module()(left=x, right=x)["sum"], x + x)
 
 
+def test_onnx_names_outputs_by_their_keys(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    x = torch.randn(2, 3)
+    for model, inputs, names in (
+        (Two(), (x, x), ["sum", "product"]),
+        (nn.Linear(3, 2), x, ["output"]),
+    ):
+        ms.export(model, inputs, tmp_path / "model.onnx")
+        outputs = runtime.InferenceSession(tmp_path / "model.onnx").get_outputs()
+        assert [value.name for value in outputs] == names
+
+
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 def test_a_forward_that_writes_to_its_input(tmp_path: Path, suffix: str) -> None:
     class Ranged(nn.Sequential):

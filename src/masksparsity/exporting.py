@@ -32,7 +32,8 @@ def export(model: nn.Module, example_inputs: Any, path: str | Path) -> None:
     The first axis of the inputs may have any length in the file, and the network lies on the CPU
     there, wherever it was trained (`torch.export.passes.move_to_device_pass` moves a program). What
     the file computes is compared with the model on the example and on a longer batch before it is
-    written; for ONNX this needs onnxruntime, and a warning says so where that is not installed.
+    written; for ONNX this needs onnxruntime, and a warning says so where that is not installed. An
+    ONNX file names its outputs by their keys, or `output`, `output_0`, ...
 
     Args:
         example_inputs: a tensor, a tuple or list of inputs, or a dict of keyword inputs.
@@ -99,8 +100,13 @@ def _onnx(model: nn.Module, inputs: Inputs) -> tuple[bytes, Run | None]:
     except ImportError as error:
         raise Hindrance("ONNX needs two libraries: pip install onnx onnxscript") from error
     args, kwargs = inputs
+    names, taken = [], inspect.signature(model.forward).parameters
     for place, output in tree_leaves_with_path(model(*args, **kwargs)):
-        if output is not None and not isinstance(output, Tensor):
+        if isinstance(output, Tensor):
+            name = "_".join(re.findall(r"\w+", keystr(place)))
+            own = name[:1].isalpha() and name not in taken
+            names.append(name if own else f"output_{name}".rstrip("_"))
+        elif output is not None:
             raise Hindrance(
                 f"ONNX has tensors alone, and output{keystr(place)} is {output!r}: leave it out, "
                 "or write .pt2"
@@ -110,6 +116,7 @@ def _onnx(model: nn.Module, inputs: Inputs) -> tuple[bytes, Run | None]:
         args,
         kwargs=kwargs,
         dynamic_shapes=_shapes(model, inputs),
+        output_names=names,
         dynamo=True,
         verbose=False,
     )
