@@ -29,6 +29,14 @@ WHOLE = {
     "topk": lambda: Middle(lambda s, x: x.flatten(2).topk(9)[0].view(len(x), -1, 3, 3)),
     "sort": lambda: Middle(lambda s, x: x.sort(dim=3, descending=True)[0]),
     "cumsum": lambda: Middle(lambda s, x: x.cumsum(2)),
+    "median": lambda: Middle(lambda s, x: x.flatten(2).median(2)[0][:, :, None, None] * x),
+    "places of medians": lambda: Middle(
+        lambda s, x: x + x.flatten(2).median(2)[1][..., None, None]
+    ),
+    "a triangle": lambda: Middle(lambda s, x: x.triu(1) + x.tril()),
+    "how many": lambda: Middle(lambda s, x: x * x.count_nonzero(1)[:, None]),
+    "hypot": lambda: Middle(lambda s, x: torch.hypot(x, x.relu()) + torch.heaviside(x, 0 * x)),
+    "never zero": lambda: Middle(lambda s, x: x.logaddexp(x) + x.erfc() + x.sinc()),
     "unpool": lambda: Middle(
         lambda s, x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), kernel_size=2)
     ),

@@ -1,6 +1,7 @@
 """Whole branches may go: their layers fall silent, and the network computes the same."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,43 @@ def test_what_is_divided_by_its_own_norm_does_not_go_altogether():
     torch.testing.assert_close(
         ms.prune(model, graph, keep)(x), ms.apply_mask(model, graph, keep)(x)
     )
+
+
+class Choosing(nn.Module):
+    """Beside a residual branch, a choice by the width of another layer."""
+
+    def __init__(self, choose: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.inner, self.back = (
+            nn.Conv2d(3, 8, 1),
+            nn.Conv2d(8, 8, 1),
+            nn.Conv2d(8, 8, 1),
+        )
+        self.wide, self.out, self.choose = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 4, 1), choose
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = torch.relu(x + self.back(torch.relu(self.inner(x))))
+        return self.out(self.choose(torch.relu(self.wide(x))))
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda x: x if x.shape[1] > 2 else x.tanh(),
+        lambda x: x / torch.tensor(1.0 if x.shape[1] > 2 else 2.0),
+    ],
+    ids=["tensor", "number"],
+)
+def test_a_silent_branch_hides_nothing_beside_it(choose: Callable[[Tensor], Tensor]):
+    model, inputs = Choosing(choose), torch.randn(2, 3, 6, 6)
+    graph = ms.trace(model, inputs)
+    narrow = {"wide": torch.tensor([True, True, False, False, False, False])}
+    none = {"inner": torch.zeros(8, dtype=torch.bool)}
+    ms.prune(model, graph, ms.KeepMask(graph, none))
+    for mask in (narrow, {**narrow, **none}):
+        with pytest.raises(ms.MaskSparsityError, match="refused"):
+            ms.prune(model, graph, ms.KeepMask(graph, mask))
 
 
 class Attending(nn.Module):

@@ -48,7 +48,8 @@ def trace(
     computed; code of yours sees real values, in train mode, too, and its lengths are tried on
     pruned copies, whose convolutions give ones.
 
-    The model, its mode and the random state stay as they were. Inside DistributedDataParallel and
+    The model, its mode and the random state stay as they were; what hooks and code put into
+    containers outside of it stays there. Inside DistributedDataParallel and
     `torch.compile` the bare network is traced. Ways that code takes only for other inputs, later in
     training, or where gradients are on are not seen: choose an example that takes them, or
     `protect`.
@@ -95,7 +96,8 @@ def _trace(
     for names in tie:
         _tie(tracer, names)
     graph = partial(solve, tracer, (args, kwargs), batch_size(args, kwargs))
-    if theirs or tracer.zeros or any(cut.pieces for cut in tracer.cuts):
+    written = any(type(module) is nn.Unflatten for module in tracer.modules.values())
+    if theirs or written or tracer.zeros or any(cut.pieces for cut in tracer.cuts):
         return protect_what_is_refused(tracer, model, graph)
     return graph()
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .findings import aside
 from .labels import Labels, Norm
@@ -61,6 +61,8 @@ def group_norm(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: bo
     rows = ids.view(groups, -1)
     if groups == 1:
         t.pin(ids, "normalised over channels")
+    elif weight is None and type(t.modules.get(t.module)) is nn.GroupNorm:
+        t.pin(ids, "a GroupNorm without scales says its width in numbers")
     t.unite(rows, rows[:, :1])
     sources, clean = seen.sources, seen.clean
     if weight is not None:

@@ -224,9 +224,10 @@ def _divide(flags: list[bool], args: Any) -> bool:
 ZERO_AT_ZERO = """relu relu6 silu gelu mish tanh hardswish leaky_relu elu selu celu hardshrink
 softshrink abs neg positive sign sqrt square erf floor round ceil trunc expm1 log1p asin atan sin
 sinh asinh tan frac sgn nan_to_num native_dropout dropout _prelu_kernel prelu
-rrelu_with_noise conj_physical polar isnan isinf"""
+rrelu_with_noise conj_physical polar isnan isinf tril triu"""
 NOT_ZERO_AT_ZERO = """sigmoid hardsigmoid softplus log_sigmoid log_sigmoid_forward exp exp2 angle
-cos cosh acos rsub eq ge le logical_not isfinite bitwise_and bitwise_or bitwise_not atan2"""
+cos cosh acos rsub eq ge le logical_not isfinite bitwise_and bitwise_or bitwise_not atan2
+logaddexp logaddexp2 erfc sinc"""
 _FACTORS = ("mul", "div", "remainder", "fmod", "addcmul", "addcdiv", "lerp")
 INFINITE_AT_ZERO = ("log", "log2", "log10", "rsqrt", "reciprocal", "lgamma", "digamma")
 
@@ -241,7 +242,9 @@ _POLES: dict[str, Callable[[Any], Any]] = {
 RULES: dict[str, Rule] = {}
 RULES.update(dict.fromkeys(ZERO_AT_ZERO.split(), pointwise(_first)))
 RULES.update(dict.fromkeys([*NOT_ZERO_AT_ZERO.split(), *INFINITE_AT_ZERO], pointwise(_never)))
-RULES.update(dict.fromkeys(("add", "sub", "maximum", "minimum", "complex"), pointwise(_all)))
+RULES.update(dict.fromkeys(
+    ("add", "sub", "maximum", "minimum", "complex", "hypot", "heaviside"), pointwise(_all)
+))  # fmt: skip
 RULES.update(dict.fromkeys(("clamp", "hardtanh", "clamp_min"), pointwise(_clamp)))
 RULES["mul"] = pointwise(lambda flags, args: any(flags))
 RULES.update(dict.fromkeys(("div", "remainder", "fmod"), pointwise(_divide)))

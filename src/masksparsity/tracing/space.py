@@ -95,16 +95,24 @@ def _reduction(sums: bool, clean: bool = True) -> Rule:
                 axes = frozenset(a - sum(d < a for d in reduced) for a in axes)
             clean_still = m.clean and clean
             result.append(m._replace(ids=ids, axes=axes, clean=clean_still, sources=NOTHING))
-        for tensor in out if isinstance(out, tuple) else (out,):
-            t.set(tensor, result)
+        if not isinstance(out, tuple):
+            t.set(out, result)
+            return
+        for tensor in out:
+            places = not tensor.is_floating_point()  # of zeros, any
+            t.set(tensor, [m._replace(clean=False) for m in result] if places else result)
 
     return apply
 
 
 RULES.update(
-    dict.fromkeys(["mean", "amax", "amin", "std", "var", "std_mean", "var_mean"], _reduction(False))
+    dict.fromkeys(
+        ["mean", "amax", "amin", "std", "var", "std_mean", "var_mean", "median"], _reduction(False)
+    )
 )
-RULES.update(dict.fromkeys(["sum", "linalg_vector_norm", "norm", "any"], _reduction(True)))
+RULES.update(
+    dict.fromkeys(["sum", "linalg_vector_norm", "norm", "any", "count_nonzero"], _reduction(True))
+)
 RULES.update(
     dict.fromkeys(["argmax", "argmin", "logsumexp", "prod", "all"], _reduction(False, False))
 )
