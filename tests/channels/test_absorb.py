@@ -191,3 +191,5 @@ def test_scales_that_are_not_zero_are_told(how):
     with pytest.warns(UserWarning, match="scales of the removed channels, or filters"):
         ms.prune(model, graph, keep, absorb=how)
     ms.prune(silenced(model, graph, keep), graph, keep, absorb=how)  # warnings are errors here
+    with pytest.warns(UserWarning, match="still say a constant.*absorb='exact'"):
+        ms.prune(model, graph, keep)

@@ -257,3 +257,22 @@ def test_masks_of_selectors_pass_where_the_width_of_one_layer_cuts_another():
         keep = ms.select.fraction(graph, scores, fraction)
         slim = ms.prune(model, graph, keep)
         torch.testing.assert_close(slim(x), ms.apply_mask(model, graph, keep)(x))
+
+
+class Numbered(nn.Module):
+    """One forward for all layers, one of which a number follows the width of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = (nn.Conv2d(i, 8, 1) for i in (3, 8, 8))
+        self.out = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x - x.sum(1, keepdim=True) / x.shape[1]
+        return self.out(torch.relu(self.last(torch.relu(self.inner(x)))))
+
+
+def test_a_number_that_follows_a_width_protects_that_width_alone():
+    graph = ms.trace(Numbered(), torch.randn(2, 3, 6, 6))
+    assert [g.name for g in graph.prunable] == ["inner", "last"]

@@ -8,6 +8,7 @@ out at random compute nothing that makes sense, so their convolutions are not co
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from .verify import ALONE, Refusal
 
 _MOST = 64  # tries: what is refused then is refused when one prunes
 _ENOUGH = 2  # masks in a row that pass: one may fit by chance
+_WIDE = 3  # the level from which on whole modules are suspected
 _PATIENCE = 8  # refusals in modules of one kind, until more of them is protected in one go
 
 
@@ -60,6 +62,8 @@ def protect_what_is_refused(
                 parts = _suspects(tracer, graph, refusal, alike, level)
                 if parts is None:
                     return graph
+                if level >= _WIDE:
+                    parts = _guilty(tracer, model, graph, parts, trial) or parts
                 tracer.pins += [(part, reason) for part in parts]
                 graph = solve() if parts else graph
                 level += 1
@@ -136,6 +140,31 @@ def _suspects(
     inside = f"{around}." if around else ""
     parts = [i for r in tracer.records if f"{r.module}.".startswith(inside) for i in r.ids]
     return parts + [c.whole for c in tracer.cuts if f"{c.module}.".startswith(inside)]
+
+
+def _guilty(
+    tracer: Tracer, model: nn.Module, graph: ChannelGraph, suspects: list[Tensor], trial: int
+) -> list[Tensor]:
+    """Labels of those among many suspected groups that cannot go alone either, found by halving. A
+    number that follows from one width would protect all that its module reads else."""
+    suspected = torch.zeros(graph.units + 1, dtype=torch.bool)
+    for ids in suspects:
+        suspected[graph.unit_of[ids.reshape(-1)]] = True
+    keep, tries = _some(graph, trial), count()
+
+    def found(groups: list[ChannelGroup]) -> list[ChannelGroup]:
+        if next(tries) >= _MOST:
+            return groups
+        chosen = {group.name: keep[group.name] for group in groups}
+        try:
+            remove(model, graph, KeepMask(graph, chosen).repaired(), made_up=True)
+            return []
+        except MaskSparsityError:
+            half = len(groups) // 2
+            return (found(groups[:half]) + found(groups[half:]) if half else []) or groups
+
+    groups = [g for g in graph.prunable if suspected[g.start : g.start + g.size].any()]
+    return [_ids(tracer, group) for group in found(groups)]
 
 
 def _pairs(tracer: Tracer, graph: ChannelGraph, refusal: Refusal) -> list[Tensor]:

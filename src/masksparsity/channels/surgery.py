@@ -69,8 +69,8 @@ def prune(
             Nothing has changed then.
     """
     slim = remove(model, graph, keep, optimizer, absorb)
-    if not already_zero(model, graph, keep, absorb is not None):
-        warnings.warn(NOT_ZERO if absorb is None else NOT_CONSTANT, stacklevel=2)
+    if lost := what_is_lost(model, graph, keep, absorb is not None):
+        warnings.warn(lost, stacklevel=2)
     return slim
 
 
@@ -78,15 +78,30 @@ def prune(
 _REMEDY = (
     "Drive them to zero first, as ScheduledDecay does in the steps that it is given, or finetune"
 )
-NOT_ZERO = (
+_NOT_ZERO = (
     "the removed channels are not zero: the slim network computes what apply_mask(model, graph, "
-    f"keep) does, not what model does. {_REMEDY}"
+    f"keep) does, which need not be what model does. {_REMEDY}"
 )
-NOT_CONSTANT = (
+_CONSTANT = (
+    "the removed channels are not zero: they still say a constant, as shifts do without scales, "
+    "which is dropped; absorb='exact' (--prune.absorb exact) keeps it"
+)
+_NOT_CONSTANT = (
     "the scales of the removed channels, or filters without a norm, are not zero, and absorb keeps "
     f"what shifts say alone: the slim network does not compute what model does. {_REMEDY}"
 )
 _ZERO = 1e-6
+
+
+def what_is_lost(
+    model: nn.Module, graph: ChannelGraph, keep: KeepMask, absorbing: bool
+) -> str | None:
+    """A warning if removal may change what `model` computes."""
+    if already_zero(model, graph, keep, absorbing):
+        return None
+    if absorbing:
+        return _NOT_CONSTANT
+    return _CONSTANT if already_zero(model, graph, keep, absorbing=True) else _NOT_ZERO
 
 
 def already_zero(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import masksparsity as ms
 from masksparsity.channels.penalty import Penalty
-from masksparsity.channels.surgery import NOT_CONSTANT, NOT_ZERO, already_zero, remove
+from masksparsity.channels.surgery import remove, what_is_lost
 from masksparsity.pipeline.choices import choose_mask, create_penalty, read_mask
 from masksparsity.pipeline.rundir import FILES
 from masksparsity.pipeline.workspace import Stage, Workspace
@@ -74,8 +74,8 @@ def prune(work: Workspace, folder: Path) -> Result:
     result, slim = _prune(work, model, graph, keep)
     _save(folder, slim)
     absorbing = work.config.prune.absorb != "none"
-    if not already_zero(model, graph, keep, absorbing):
-        result["warnings"] = [NOT_CONSTANT if absorbing else NOT_ZERO]
+    if lost := what_is_lost(model, graph, keep, absorbing):
+        result["warnings"] = [lost]
     return result["after_removal"] | result
 
 
