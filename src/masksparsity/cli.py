@@ -84,17 +84,20 @@ def _config(command: str, arguments: list[str]) -> tuple[Config, list[str]]:
         case [first, *rest] if not first.startswith("-") and command != "compare-masks":
             return recipe(first), rest
     run = _run_of(command, arguments)
-    if run is not None and (run / CONFIG).exists():
+    if run and (run / CONFIG).exists() and any((run / stage).is_dir() for stage in STAGES):
         return Config.read(run / CONFIG), arguments
     return recipe(next(iter(RECIPES))), arguments
 
 
 def _run_of(command: str, arguments: list[str]) -> Path | None:
-    """The run, if it is one, that a command looks at."""
-    if command == "compare-masks":
-        return Path(arguments[0]).parent.parent if arguments else None  # of RUN/mask/mask.json
-    weights = _flags(arguments).get("weights")
-    return Path(weights) if weights and command not in STAGES else None
+    """The run, if it is of one, of which a command looks at something."""
+    named = _flags(arguments).get("weights")
+    if command == "compare-masks" and arguments:
+        named = arguments[0]
+    if not named or command in STAGES:
+        return None
+    path = Path(named)
+    return path if path.is_dir() else path.parent.parent  # of RUN/STAGE/FILE
 
 
 def _with_model(config: Config, command: str, arguments: list[str], named: bool) -> Config:

@@ -184,14 +184,15 @@ def compare_masks(config: Flags, masks: Masks) -> None:
     """Tell how much masks agree: intersection over union of what they prune.
 
     Args:
-        masks: Two or more masks, ours or the original project's.
+        masks: Two or more masks, ours or the original project's, or runs that have made one.
     """
     if len(masks) < 2:
         raise MaskSparsityError("compare-masks needs two masks or more")
     work = Workspace(config)
     work.check(model := work.dense())
     graph = work.trace(model)
-    read = [(path, read_mask(path, graph)) for path in masks]
+    files = {path: path / "mask" / FILES["mask"] if path.is_dir() else path for path in masks}
+    read = [(path, read_mask(files[path], graph)) for path in masks]
     for path, keep in read:
         show(f"{path}: {keep}")
     counted = "BatchNorm channel" if graph.norms else "channel"

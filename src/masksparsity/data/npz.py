@@ -29,7 +29,16 @@ def npz(config: DataConfig) -> ImageSet:
 
 def user(config: DataConfig) -> ImageSet | Data:
     """`module:function`, called with the config: returns arrays as in `npz`, or a `Data`."""
-    made = user_function(config.name)(config)
+    function = user_function(config.name)
+    try:
+        made = function(config)
+    except MaskSparsityError:
+        raise
+    except Exception as error:
+        raise MaskSparsityError(
+            f"{config.name}, called with the settings of the data, raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if isinstance(made, Data):
         return made
     if not isinstance(made, tuple) or len(made) != 4:

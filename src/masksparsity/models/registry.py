@@ -59,7 +59,8 @@ class Constructor:
             model = factory(**self.kwargs)
         except TypeError as error:
             raise MaskSparsityError(
-                f"model {self.name!r} does not take {dict(self.kwargs)}: {error}"
+                f"model {self.name!r} cannot be made with {dict(self.kwargs) or 'no arguments'}: "
+                f"{error}; arguments are given as --model.options KEY=VALUE"
             ) from error
         except MaskSparsityError:
             raise

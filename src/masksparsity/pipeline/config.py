@@ -191,6 +191,8 @@ class Config:
         try:
             config: Self = build(cls, json.loads(Path(path).read_text()))
             return config
+        except FileNotFoundError as error:
+            raise MaskSparsityError(f"there is no file {path} (--config)") from error
         except (OSError, ValueError) as error:
             raise MaskSparsityError(
                 f"{path} is not the whole config of a run, as runs save it: {error}"
