@@ -80,6 +80,13 @@ def test_run_ends_with_the_table_and_the_report(shell: Shell, tmp_path: Path) ->
     assert code == 0, err
     assert "IoU 1.000" in out
 
+    cut = run / "mask-sparsify/model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:1000])
+    code, _, err = shell("prune", f"--config={run / 'config.json'}", "--out", run, "--fresh")
+    assert code == 2
+    assert "`masksparsity mask-sparsify --fresh` makes it anew" in err
+    assert (run / "finetune/model.safetensors").exists()  # nothing is lost
+
 
 def test_help_names_every_command_and_recipe(shell: Shell) -> None:
     code, out, _ = shell("--help")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import masksparsity as ms
 from masksparsity.channels.penalty import Penalty
 from masksparsity.channels.surgery import remove, what_is_lost
+from masksparsity.errors import MaskSparsityError
 from masksparsity.pipeline.choices import choose_mask, create_penalty, read_mask
 from masksparsity.pipeline.rundir import FILES
 from masksparsity.pipeline.workspace import Stage, Workspace
@@ -141,7 +142,15 @@ def measure(work: Workspace, model: nn.Module) -> Result:
 
 
 def _network(work: Workspace, stage: str) -> nn.Module:
-    return work.network(work.file(STAGES[stage], "weights"))
+    path, source = work.file(STAGES[stage], "weights"), work.inputs(STAGES[stage])["weights"]
+    try:
+        return work.network(path)
+    except MaskSparsityError as error:
+        if source not in STAGES:
+            raise
+        raise MaskSparsityError(
+            f"{error}; `masksparsity {source} --fresh` makes it anew"
+        ) from error
 
 
 def _teacher(work: Workspace, stage: str) -> Teacher | None:
