@@ -120,8 +120,36 @@ def test_a_bias_that_is_not_read_as_it_is_takes_nothing_over(times):
         lambda x, c: F.conv2d(x, c.weight, c.bias) + c.bias[:, None, None],
     )
     model, graph, keep, _ = between(read[times])
-    with pytest.raises(ms.MaskSparsityError, match=r"c\.weight has no bias, and no norm follows"):
+    with pytest.raises(ms.MaskSparsityError, match=r"c\.weight has no bias of its own, and no"):
         ms.prune(model, graph, keep, absorb="bias")
+
+
+HEARD_TWICE = {
+    "a weight with and without its bias": lambda x, s: s.c(x) + F.conv2d(x, s.c.weight),
+    "a bias of two layers": lambda x, s: s.c(x) + F.conv2d(s.g(x), s.d.weight, s.c.bias),
+    "a norm of two layers": lambda x, s: s.n(s.e(x)) + 2 * s.n(s.f(x)),
+    "two norms": lambda x, s: (y := s.e(x), s.n(y) + 2 * s.m(y))[1],
+    "a norm behind a border": lambda x, s: s.n(F.pad(s.e(x), (1, 1, 1, 1))),
+    "a norm in another order": lambda x, s: s.n(s.e(x).flip(1)),
+}
+
+
+@pytest.mark.parametrize("name", HEARD_TWICE)
+def test_neither_bias_nor_norm_takes_over_what_others_hear(name):
+    model, graph, keep, _ = between(HEARD_TWICE[name], whole=True)
+    with pytest.raises(ms.MaskSparsityError, match="of its own"):
+        ms.prune(model, graph, keep, absorb="bias")
+
+
+@pytest.mark.parametrize("how", ["exact", "bias"])
+def test_what_is_constant_on_one_image_only_is_refused(how):
+    def gated(x, s):
+        return s.c(x * s.h(x).mean((2, 3), keepdim=True).sigmoid())
+
+    model, graph, keep, x = between(gated, whole=True)
+    graph = ms.trace(model, x[:1])
+    with pytest.raises(ms.MaskSparsityError, match="not constant where"):
+        ms.prune(model, graph, ms.KeepMask(graph, dict(keep.items())), absorb=how)
 
 
 def test_a_bias_stands_for_the_mean_of_what_a_stride_spreads():
@@ -138,16 +166,22 @@ def test_a_bias_stands_for_the_mean_of_what_a_stride_spreads():
         ms.prune(model, graph, keep, absorb="Exact")
 
 
-def between(read):
-    """conv -> norm -> what `read` makes of it with another conv's weight; half of it silenced."""
+def between(read, whole=False):
+    """conv -> norm -> what `read` makes of it with another conv, or with
+    the `whole` network; half of it silenced."""
 
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.norm, self.c = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+            self.a, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+            self.c, self.d, self.g = nn.Conv2d(8, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(8, 4, 1)
+            self.e, self.f = (nn.Conv2d(8, 4, 1, bias=False) for _ in range(2))
+            self.h = nn.Conv2d(8, 1, 1)
+            self.n, self.m = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
 
         def forward(self, x):
-            return read(self.norm(self.a(x)).relu(), self.c).flatten(2).mean(2)
+            x = self.norm(self.a(x)).relu()
+            return read(x, self if whole else self.c).flatten(2).mean(2)
 
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, 8).double()

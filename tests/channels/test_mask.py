@@ -36,6 +36,12 @@ def test_unnamed_groups_are_kept_whole(graph):
     assert all(v.all() for n, v in norms.items() if n != "layer1.0.bn1")
 
 
+def test_repair_leaves_the_mask_as_it_is(graph):
+    keep = ms.KeepMask(graph, {"conv1": torch.zeros(16, dtype=torch.bool)})
+    assert keep.repaired()["conv1"].sum() == 1
+    assert keep["conv1"].sum() == 0
+
+
 @given(seeds=st.tuples(st.integers(0, 99), st.integers(0, 99)))
 def test_algebra(graph, seeds):
     a, b = (random_mask(graph, seed) for seed in seeds)

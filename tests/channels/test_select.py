@@ -75,6 +75,17 @@ def test_budget_per_cost_keeps_more_of_the_sum(bound, share, seed):
             assert scores[name][kept].min() >= scores[name][~kept].max()
 
 
+@pytest.mark.parametrize("share", [0.2, 0.3, 0.5])
+def test_in_rounds_the_best_of_each_group_stay(bound, share):
+    _, graph = bound
+    for seed in range(8):
+        scores = random_scores(graph, seed, 1000)
+        keep = ms.select.budget(graph, scores, pruned_macs=share, rounds=3)
+        for name, kept in keep.items():
+            if name in scores and not kept.all():
+                assert scores[name][kept].min() >= scores[name][~kept].max()
+
+
 def test_in_rounds_one_of_two_alike_stays(bound):
     """Each is worth little, as long as the other is there."""
     _, graph = bound

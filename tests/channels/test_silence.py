@@ -305,6 +305,24 @@ def test_what_a_product_goes_on_with_keeps_a_channel():
     assert graph.cost(keep) == ms.trace(ms.prune(model, graph, keep), inputs).cost()
 
 
+def test_a_norm_without_scale_falls_silent_too():
+    torch.manual_seed(0)
+    inner = [nn.Conv2d(8, 5, 3, padding=1), nn.BatchNorm2d(5, affine=False), nn.ReLU()]
+    branch = nn.Sequential(*inner, nn.Conv2d(5, 8, 1))
+
+    class Residual(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self[0](x).relu()
+            return self[2](x + self[1](x))
+
+    model = Residual(nn.Conv2d(3, 8, 1), branch, nn.Conv2d(8, 4, 1)).double().eval()
+    inputs = torch.randn(2, 3, 6, 6, dtype=torch.double)
+    graph = ms.trace(model, inputs)
+    keep = ms.KeepMask(graph, {"1.0": torch.zeros(5, dtype=torch.bool)})
+    masked, slim = ms.apply_mask(model, graph, keep), ms.prune(model, graph, keep)
+    torch.testing.assert_close(slim(inputs), masked(inputs))
+
+
 class Tied(nn.Module):
     """A residual block that comes back through the weight by which it went."""
 

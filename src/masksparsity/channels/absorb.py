@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import MaskSparsityError
 from ..tracing.copies import duplicate
 from ..tracing.labels import Slot
-from ..tracing.network import like, named_tensors, tensors_in
+from ..tracing.network import like, named_tensors, noisy, tensors_in
 from ..tracing.state import evaluating
 from .groups import ChannelGraph
 from .mask import KeepMask
@@ -50,6 +50,10 @@ class _Inputs(TorchDispatchMode):
         self.read: set[str] = set()
         self.otherwise: set[str] = set()
         self.deformed: set[str] = set()
+        # Which biases and norms go with which weights, and with nothing else.
+        self.biases: set[tuple[str | None, str | None]] = set()
+        self.means: set[tuple[str | None, str | None]] = set()
+        self.made: dict[int, tuple[Tensor, str]] = {}  # results of products, kept for their ids
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -62,9 +66,14 @@ class _Inputs(TorchDispatchMode):
         scaled = any(value != 1 for value in (kwargs or {}).values())  # by alpha or beta
         places = _PRODUCTS.get(name, ()) if not scaled else ()
         x, weight, bias = [args[k] if k < len(args) else None for k in places] or [None] * 3
+        if "batch_norm" in name:
+            _, maker = self.made.get(id(args[0]), (None, None))
+            self.means.add((maker, self._owner(args[3]) if args[3] is not None else None))
         for owner, tensor in owned:
             if x is not None and tensor is weight and self._is_whole(owner, tensor, name):
                 self._note(owner, name, x, args)
+                self.biases.add((owner, None if bias is None else self._owner(bias)))
+                self.made[id(out)] = out, owner
             elif tensor is not bias:
                 self.otherwise.add(owner)
         return out
@@ -85,6 +94,13 @@ class _Inputs(TorchDispatchMode):
         """Matrices may be seen transposed, or be convolutions of one pixel."""
         own = self.tensors[owner].shape
         return weight.shape == own if name in _CONVOLUTIONS else weight.numel() == own.numel()
+
+    def partner(self, pairs: set[tuple[str | None, str | None]], weight: str) -> str | None:
+        """What goes with a weight, and with no other, wherever it is read."""
+        found = {other for name, other in pairs if name == weight}
+        if len(found) != 1 or {name for name, other in pairs if other in found} != {weight}:
+            return None
+        return found.pop()
 
     def _owner(self, x: Tensor) -> str | None:
         """Whose memory it shows."""
@@ -110,13 +126,16 @@ def absorb(
       of the others in every consumer. Costs a channel per group that has constants to hand over.
     - "bias": the consumers' biases, or the running means of the norms behind them, take the
       constants over. Costs nothing; exact for linear layers and convolutions without padding, in
-      eval mode, and wrong by what the border misses for padded ones. Of a transposed one with a
-      stride, whose positions differ, the mean.
+      eval mode, and wrong by what the border misses for padded and for transposed ones. Of a
+      transposed one with a stride, whose positions differ, the mean.
+
+    Constants are those of inputs of the traced size: one that follows from it, as a sum over space
+    does, is another for others.
 
     Raises:
         MaskSparsityError: where a removed channel is no constant at a consumer, or no single
             channel can stand for the others, or a weight is read in another way than by a layer,
-            or ("bias") a consumer has neither bias nor norm.
+            or ("bias") a consumer has neither a bias nor a norm of its own.
     """
     if how not in ("exact", "bias"):
         raise MaskSparsityError(f"absorb={how!r}: use 'exact', 'bias' or None")
@@ -135,8 +154,7 @@ def absorb(
             f"absorb: {deformed[0]} reads where offsets point, which may be outside of the image, "
             "and no bias can stand for that; use absorb='exact'"
         )
-    biases = {name: tensors[name] for name in watch.read - watch.otherwise}
-    _into_biases(graph, constants, tensors, biases, watch.spread)
+    _into_biases(graph, constants, tensors, watch)
     return model, keep
 
 
@@ -166,16 +184,17 @@ def _constants(
     model: nn.Module, graph: ChannelGraph, keep: KeepMask, tensors: dict[str, Tensor]
 ) -> tuple[Constants, _Inputs]:
     """The constants of removed channels at each consumer; and how forward read the tensors."""
-    watch = _Inputs(tensors)
-    args, kwargs = like(graph.example, model)
-    with evaluating(model.modules()), torch.no_grad(), watch:
-        model(*args, **kwargs)
+    watch, other = _Inputs(tensors), _Inputs(tensors)
+    example = like(graph.example, model)
+    for seeing, (args, kwargs) in ((watch, example), (other, noisy(example))):
+        with evaluating(model.modules()), torch.no_grad(), seeing:
+            model(*args, **kwargs)
     found = {}
     for name, axis in sorted(graph.consumers & graph.slots.keys()):
         gone = ~keep.slot(name, axis).to(tensors[name].device)
         if not gone.any():
             continue
-        seen = watch.seen.get((name, axis), watch.seen.get((name, None)))
+        seen, again = (w.seen.get((name, axis), w.seen.get((name, None))) for w in (watch, other))
         if name in watch.otherwise or (seen is None and name in watch.read):
             raise MaskSparsityError(
                 f"absorb: {name} is not read by a convolution or linear layer as it is, so nothing "
@@ -187,7 +206,12 @@ def _constants(
         # Of a grouped convolution each index is a channel of every group.
         low, high = (x.view(-1, len(gone)) for x in seen)
         scale = torch.maximum(low.abs(), high.abs())[:, gone].amax()
-        if ((high - low)[:, gone] > _SMALL * scale).any():
+        # On other inputs, too: of one image many things are constant. What they make NaN tells
+        # nothing.
+        both = again or seen
+        lowest = torch.fmin(low, both[0].view_as(low))
+        highest = torch.fmax(high, both[1].view_as(high))
+        if ((highest - lowest)[:, gone] > _SMALL * scale).any():
             raise MaskSparsityError(
                 f"absorb: a removed channel is not constant where {name} reads it, so nothing can "
                 "stand for it; prune with absorb=None, or drive it to zero with ScheduledDecay"
@@ -276,24 +300,24 @@ def _into_biases(
     graph: ChannelGraph,
     constants: Constants,
     tensors: dict[str, Tensor],
-    biases: dict[str, Tensor],
-    spread: dict[str, int],
+    watch: _Inputs,
 ) -> None:
     for name, (axis, value) in constants.items():
         weight = tensors[name].movedim(axis, 1) if axis != 1 else tensors[name]
         groups = value.shape[0]
         kernel = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
-        kernel = kernel / spread.get(name, 1)
+        kernel = kernel / watch.spread.get(name, 1)
         said = (kernel.view(groups, -1, kernel.shape[1]) * value[:, None]).sum(2).flatten()
         if not said.any():
             continue
-        bias, mean = f"{name.removesuffix('weight')}bias", graph.behind.get(name)
-        if bias in biases:
-            biases[bias] += said
+        bias = watch.partner(watch.biases, name)
+        mean = watch.partner(watch.means, name) if name in graph.behind else None
+        if bias is not None and bias not in watch.otherwise:
+            tensors[bias] += said
         elif mean is not None:
             tensors[mean] -= said
         else:
             raise MaskSparsityError(
-                f"absorb: {name} has no bias, and no norm follows it that could take the constants "
-                "over; use absorb='exact'"
+                f"absorb: {name} has no bias of its own, and no norm of its own follows it, that "
+                "could take the constants over; use absorb='exact'"
             )

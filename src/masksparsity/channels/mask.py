@@ -163,7 +163,7 @@ class KeepMask(Mapping[str, Tensor]):
         for group in self.graph.groups:
             if scores is not None and group.name in scores:
                 values[group.start : group.start + group.size] = scores[group.name].double()
-        mask = self._with(repair(self.graph.constraints, self.units, values))
+        mask = self._with(repair(self.graph.constraints, self.units.clone(), values))
         while (missed := self.graph.branches.missed(mask.kept)).any():
             for k in missed.nonzero().squeeze(1).tolist():
                 group = self.graph.groups[k]

@@ -88,13 +88,15 @@ class Ranking:
                     f"scores of {group.name}: expected {group.size} finite numbers"
                 )
         self.scores = {g.name: scores[g.name].double() for g in self.groups}
-        if kept is not None:  # what is gone already does not come back
+        ranked = self.scores
+        if kept is not None:  # what is gone already comes back last, if at all, and the best first
             lowest = torch.finfo(torch.float64).min
+            ranked = {n: s - (1 + s.max() - s.min()) * ~kept[n] for n, s in self.scores.items()}
             self.scores = {n: s.masked_fill(~kept[n], lowest) for n, s in self.scores.items()}
         # Position of every unit among its group's, best first.
         self.order = {
             name: torch.argsort(torch.argsort(values, descending=True, stable=True))
-            for name, values in self.scores.items()
+            for name, values in ranked.items()
         }
 
     def keep(self, count: dict[str, int]) -> KeepMask:

@@ -84,7 +84,8 @@ class Branches:
 def silence(layer: Any) -> None:
     """Let `layer` say its bias only, if it has lost all channels on one side."""
     own = type(layer) not in _SILENT or "forward" in vars(layer)  # says something else
-    if layer.weight is not None and 0 in layer.weight.shape and not own:
+    tensor = getattr(layer, "running_mean", None) if layer.weight is None else layer.weight
+    if tensor is not None and 0 in tensor.shape and not own:
         layer.forward = partial(_SILENT[type(layer)], layer)
 
 

@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from ..errors import MaskSparsityError
 from ..tracing.copies import duplicate
-from ..tracing.network import like, named_tensors, of_users, tensors_in, unwrap
+from ..tracing.network import like, named_tensors, noisy, of_users, tensors_in, unwrap
 from ..tracing.state import evaluating, made_anew, undisturbed, untouched
 from . import constraints as limits
 from .absorb import absorb as hand_over
@@ -263,14 +262,6 @@ def _compare(masked: nn.Module, slim: nn.Module, graph: ChannelGraph) -> None:
 
 
 def _outputs(net: nn.Module, graph: ChannelGraph) -> list[Tensor]:
-    """On the traced inputs and noise: what is constant would hide where it is read."""
-    generator = torch.Generator().manual_seed(0)
-
-    def noisy(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            return x
-        return x + torch.randn(x.shape, generator=generator).to(x)
-
-    args, kwargs = tree_map(noisy, like(graph.example, net))
+    args, kwargs = noisy(like(graph.example, net))
     with untouched(net), evaluating(net.modules()), torch.no_grad():
         return list(tensors_in(net(*args, **kwargs)))

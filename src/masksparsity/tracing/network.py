@@ -70,6 +70,18 @@ def copied(inputs: Any) -> Any:
     return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
 
 
+def noisy(inputs: Any) -> Any:
+    """Other ones of the same shapes: what is constant, or alike by chance, would hide something."""
+    generator = torch.Generator().manual_seed(0)
+
+    def disturbed(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        return x + torch.randn(x.shape, generator=generator).to(x)
+
+    return tree_map(disturbed, inputs)
+
+
 def _plain(x: Any) -> Any:
     carries = isinstance(x, Tensor) and type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
     return x.as_subclass(Tensor) if carries and type(x) not in (Tensor, nn.Parameter) else x
