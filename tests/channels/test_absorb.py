@@ -167,8 +167,8 @@ def test_a_bias_stands_for_the_mean_of_what_a_stride_spreads():
 
 
 def between(read, whole=False):
-    """conv -> norm -> what `read` makes of it with another conv, or with
-    the `whole` network; half of it silenced."""
+    """conv -> norm -> what `read` makes of it with another conv, or with the whole network; half
+    of it silenced."""
 
     class Net(nn.Module):
         def __init__(self):

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import TypedDict
 
 import torch
+from torch import Tensor
 
 from ..errors import MaskSparsityError
 from .groups import ChannelGraph, ChannelGroup, expect_graph
@@ -88,16 +89,10 @@ class Ranking:
                     f"scores of {group.name}: expected {group.size} finite numbers"
                 )
         self.scores = {g.name: scores[g.name].double() for g in self.groups}
-        ranked = self.scores
-        if kept is not None:  # what is gone already comes back last, if at all, and the best first
-            lowest = torch.finfo(torch.float64).min
-            ranked = {n: s - (1 + s.max() - s.min()) * ~kept[n] for n, s in self.scores.items()}
-            self.scores = {n: s.masked_fill(~kept[n], lowest) for n, s in self.scores.items()}
-        # Position of every unit among its group's, best first.
-        self.order = {
-            name: torch.argsort(torch.argsort(values, descending=True, stable=True))
-            for name, values in ranked.items()
-        }
+        kept = KeepMask(graph) if kept is None else kept
+        self.order = {name: _places(s, kept[name]) for name, s in self.scores.items()}
+        lowest = torch.finfo(torch.float64).min
+        self.scores = {n: s.masked_fill(~kept[n], lowest) for n, s in self.scores.items()}
 
     def keep(self, count: dict[str, int]) -> KeepMask:
         """The mask that leaves about `count[group]` of each group's best units."""
@@ -118,6 +113,12 @@ class Ranking:
                 break
             mask = KeepMask(self.graph, {n: v & (n not in useless) for n, v in mask.items()})
         return mask
+
+
+def _places(scores: Tensor, kept: Tensor) -> Tensor:
+    """The place of every unit among its group's, best first; those that are gone come last."""
+    ranked = scores - (1 + scores.max() - scores.min()) * ~kept
+    return torch.argsort(torch.argsort(ranked, descending=True, stable=True))
 
 
 def hint(name: str) -> str:

@@ -142,12 +142,11 @@ def remove(
                 "cannot do without; keep.repaired() lets one back in"
             )
     limits.check(graph.constraints, keep.units)
-    if empty := [g.start for g, n in zip(graph.groups, keep.kept, strict=True) if not n]:
+    pairs = zip(graph.groups, keep.kept, strict=True)
+    if first := {g.name: torch.arange(g.size) < 1 for g, left in pairs if not left}:
         # Around layers that fall silent the proof sees less: it sees all with one channel there,
         # which is what code between them sees, too.
-        units = keep.units.clone()
-        units[empty] = True
-        remove(model, graph, keep._with(units), made_up=made_up)
+        remove(model, graph, KeepMask(graph, {**keep, **first}), made_up=made_up)
     tensors = dict(named_tensors(model))
     if absorb is not None:
         model, keep = hand_over(model, graph, keep, absorb)

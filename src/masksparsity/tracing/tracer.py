@@ -135,8 +135,7 @@ class Tracer(Findings):
         labels = tuple(labels)
         if inplace and id(out) in self.names:
             # Such as running statistics: where zero stays zero, later forwards find what they know.
-            lost = [m for m in labels if not m.clean]
-            self.pin(lost, WRITTEN_TO)
+            self.pin([m for m in labels if not m.clean], WRITTEN_TO)
             return
         if inplace and is_viewed(out):
             # Others see the same memory and still believe that its zeros stay zero.
@@ -298,8 +297,7 @@ class Tracer(Findings):
             self.touched.add(name)
             return frozenset({(name, axis)})
         self.foreign |= isinstance(tensor, nn.Parameter)
-        sources = (m.sources for m in self.labels(tensor) if axis in m.axes)
-        return frozenset().union(*sources)
+        return frozenset().union(*(m.sources for m in self.labels(tensor) if axis in m.axes))
 
     def unknown(self, args: Any, kwargs: Any, out: Any) -> None:
         """Protect all that flows in; what comes out has no channels that we know."""
@@ -349,5 +347,4 @@ class Tracer(Findings):
 
     def untouched(self) -> tuple[str, ...]:
         """The parameters that no operation used."""
-        used = self.touched | self._own.keys()
-        return tuple([n for n in self.parameters if n not in used])
+        return tuple([n for n in self.parameters if n not in self.touched and n not in self._own])
