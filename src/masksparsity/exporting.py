@@ -116,7 +116,7 @@ def _onnx(model: nn.Module, inputs: Inputs) -> tuple[bytes, Run | None]:
         args,
         kwargs=kwargs,
         dynamic_shapes=_shapes(model, inputs),
-        output_names=names,
+        output_names=names if len({*names}) == len(names) else None,
         dynamo=True,
         verbose=False,
     )

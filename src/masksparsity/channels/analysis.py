@@ -49,10 +49,9 @@ def trace(
     pruned copies, whose convolutions give ones.
 
     The model, its mode and the random state stay as they were; what hooks and code put into
-    containers outside of it stays there. Inside DistributedDataParallel and
-    `torch.compile` the bare network is traced. Ways that code takes only for other inputs, later in
-    training, or where gradients are on are not seen: choose an example that takes them, or
-    `protect`.
+    containers outside of it stays there. Inside DistributedDataParallel and `torch.compile` the
+    bare network is traced. Ways that code takes only for other inputs, later in training, or where
+    gradients are on are not seen: choose an example that takes them, or `protect`.
     """
     args, kwargs = arguments(example_inputs)
     protect = (protect,) if isinstance(protect, str) else tuple(protect)

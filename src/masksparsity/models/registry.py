@@ -60,7 +60,7 @@ class Constructor:
         except TypeError as error:
             raise MaskSparsityError(
                 f"model {self.name!r} cannot be made with {dict(self.kwargs) or 'no arguments'}: "
-                f"{error}; arguments are given as --model.options KEY=VALUE"
+                f"{error} (from the shell, arguments are --model.options KEY=VALUE)"
             ) from error
         except MaskSparsityError:
             raise
