@@ -211,7 +211,6 @@ def step(r: Found) -> dict[str, str]:
 
 def graph(r: Found) -> dict[str, str]:
     timed = {k: v for k, v in r.items() if isinstance(v, dict) and "median_ms" in v}
-    ratio = {k: r[k]["median_ms"] / r[f"peer_{k}"]["median_ms"] for k in ("trace", "prune")}
     return {
         "network": r["net"],
         **{
@@ -219,7 +218,10 @@ def graph(r: Found) -> dict[str, str]:
             + f" ({v['n']})"
             for k, v in timed.items()
         },
-        **{f"{k}, ours over the peer's": f"{value:.3f}" for k, value in ratio.items()},
+        **{
+            f"{k}, ours over the peer's": quartiles(r[f"{k}_ratio"], r[f"{k}_ratio_quartiles"], 2)
+            for k in ("trace", "prune")
+        },
     }
 
 

@@ -134,3 +134,35 @@ def test_a_batch_of_one_is_doubled_where_a_norm_needs_two(pooled):
     assert (graph.training, graph.doubled) == (1, pooled)
     keep = ms.select.uniform(graph, ms.scores.norm(model, graph), 0.5)
     assert ms.prune(model, graph, keep).n.num_features == 4
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_a_norm_of_another_length_is_refused(name):
+    """The operation that a trace calls would read beyond its end."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
+    tensor = getattr(model[1], name)
+    tensor.data = tensor.data[:3]
+    with pytest.raises(ms.MaskSparsityError, match="should contain 8 elements not 3"):
+        ms.trace(model, torch.randn(1, 3, 8, 8))
+
+
+class ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n = self.norm
+        x = torch.batch_norm(
+            input=self.conv(x), weight=n.weight, bias=n.bias, running_mean=n.running_mean,
+            running_var=n.running_var, training=False, momentum=0.1, eps=n.eps, cudnn_enabled=False,
+        )  # fmt: skip
+        return self.last(x)
+
+
+def test_a_norm_may_be_called_with_names():
+    whole = torch.batch_norm
+    graph = ms.trace(ByName(), torch.randn(1, 3, 8, 8))
+    assert torch.batch_norm is whole
+    assert [g.name for g in graph.groups if g.reason is None] == ["conv"]

@@ -94,7 +94,7 @@ def _trace(
             tracer.pin(tracer.slots[slot], "protected by the caller")
     for names in tie:
         _tie(tracer, names)
-    graph = partial(solve, tracer, (args, kwargs), batch_size(args, kwargs))
+    graph = partial(solve, tracer, (args, kwargs), batch_size(args, kwargs), rules)
     written = any(type(module) is nn.Unflatten for module in tracer.modules.values())
     if theirs or written or tracer.zeros or any(cut.pieces for cut in tracer.cuts):
         return protect_what_is_refused(tracer, model, graph)

@@ -5,7 +5,7 @@ pattern, and the components of a pattern are the units of a group.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from ..tracing.labels import ANONYMOUS, Cut, Product, Reason, Slot
-from ..tracing.rules import RULES
-from ..tracing.tracer import Tracer
+from ..tracing.tracer import Rule, Tracer
 from . import constraints as limits
 from .cost import Layer
 from .groups import ChannelGraph, ChannelGroup
 
 
-def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
-    """The graph of what `tracer` saw of its model on inputs of `batch` examples."""
+def solve(tracer: Tracer, example: Any, batch: int, rules: Mapping[str, Rule]) -> ChannelGraph:
+    """The graph of what `tracer` saw of its model on inputs of `batch` examples, by `rules`
+    beside the table's."""
     component, met = _components(tracer.count, tracer.edges)
     tracer.pins.append((met, Reason("meets a tensor whose channels are unknown", "", "")))
     _protect_zeros(tracer, component)
@@ -74,7 +74,7 @@ def solve(tracer: Tracer, example: Any, batch: int) -> ChannelGraph:
         example=example,
         depthwise=frozenset(tracer.depthwise),
         made_up=tracer.made_up,
-        rules={name: r for name, r in tracer.rules.items() if r is not RULES.get(name)},
+        rules=rules,
     )
 
 

@@ -25,7 +25,16 @@ from .rules import SIZED
 from .standin import CONVOLUTION, stand_in
 from .state import eager, evaluating, fused_attention_off, kept_by, switches, unchanged
 from .tracer import Rule, Tracer
-from .watch import ALONE, Calls, arrivals, assignments, escapes, inference_mode_off, module_stack
+from .watch import (
+    ALONE,
+    Calls,
+    arrivals,
+    assignments,
+    escapes,
+    inference_mode_off,
+    module_stack,
+    norms_alone,
+)
 from .writing import values_of
 
 _EMPTY = torch.ops.aten.empty.memory_format
@@ -192,6 +201,7 @@ def _run(
             computed_anew(tracer.modules.values()),
             fused_attention_off(),
             inference_mode_off(),
+            norms_alone(),
             Operations(tracer),
         ):
             if switches(tracer.modules.values()):

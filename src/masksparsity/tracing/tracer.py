@@ -6,6 +6,7 @@ Parameters and buffers get labels per axis when an operation first uses them. Wh
 does to labels is the table in `rules.py`; what it does not know is protected.
 """
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -82,6 +83,7 @@ class Tracer(Findings):
         self.memory = Memory(self.names, lambda: kept_by(self.keepers))
         self.sources = Origins(self.names)
         self._own: dict[str, tuple[Labels, ...]] = {}
+        self._held = self._registered()
 
     def labels(self, tensor: Tensor) -> tuple[Labels, ...]:
         """The labels of a tensor; a parameter's are handed out at its first use."""
@@ -156,6 +158,8 @@ class Tracer(Findings):
     def assigned(self) -> None:
         """Parameters and buffers that forward has put others in the place of: as if it had
         written into them."""
+        if all(map(operator.is_, self._registered(), self._held)):
+            return  # as nearly always
         for path, module in self.modules.items():
             for key, now in (*module._parameters.items(), *module._buffers.items()):
                 was = self.tensors.get(f"{path}.{key}" if path else key)
@@ -167,6 +171,11 @@ class Tracer(Findings):
                 else:
                     self.pin(self.labels(now), WRITTEN_TO)
         self.stack[-1] = ""
+
+    def _registered(self) -> list[Tensor | None]:
+        """The parameters and buffers that modules have now, in order."""
+        tables = (table for m in self.modules.values() for table in (m._parameters, m._buffers))
+        return [x for table in tables for x in table.values()]
 
     def read(
         self, tensor: Tensor, axis: int, elsewhere: str | None = None
