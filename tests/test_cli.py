@@ -1,6 +1,9 @@
 """The command line: what it prints, what it exits with, and that mistakes get one clear line."""
 
+import contextlib
+import io
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -53,21 +56,43 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_run_ends_with_the_table_and_the_report(shell: Shell, tmp_path: Path) -> None:
-    code, out, err = shell("run", "digits-resnet20", *SMALL, *epochs(1), "--seed", 3)
-    assert code == 0, err
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder in which a whole run was made, and what it printed."""
+    folder, out = tmp_path_factory.mktemp("whole"), io.StringIO()
+    words = ["masksparsity", "run", "digits-resnet20", *SMALL, *epochs(1), "--seed", "3"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.chdir(folder)
+        patch.setenv("COLUMNS", "100")
+        patch.setattr(sys, "argv", words)
+        main()
+    return folder, out.getvalue()
+
+
+@pytest.fixture
+def run(whole: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy of that run, where `shell` works."""
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    return tmp_path / "runs" / "digits-resnet20"
+
+
+def test_run_ends_with_the_table_and_the_report(whole: tuple[Path, str], run: Path) -> None:
+    _, out = whole
     assert "mask-sparsify" in out
     assert "runs/digits-resnet20/report.html" in out
-    run = tmp_path / "runs" / "digits-resnet20"
     assert (run / "report.html").exists()
     assert json.loads((run / "results.json").read_text())["command"].endswith("--seed 3")
     assert Config.read(run / "config.json").seed == 3
 
+
+def test_a_run_started_again_has_nothing_to_do(shell: Shell, run: Path) -> None:
     code, _, err = shell("run", "--seed", 3, f"--config={run / 'config.json'}")
     assert code == 0
     assert err.count("done before") == 6
 
-    # A run is known by its directory: its settings, and the network that it has come to.
+
+def test_a_run_is_known_by_its_directory(shell: Shell, run: Path) -> None:
+    """Its settings, and the network that it has come to."""
     finetuned = json.loads((run / "results.json").read_text())["correct"]["finetuned"]
     code, out, err = shell("evaluate", "--weights", run)
     assert code == 0, err
@@ -80,6 +105,8 @@ def test_run_ends_with_the_table_and_the_report(shell: Shell, tmp_path: Path) ->
     assert code == 0, err
     assert "IoU 1.000" in out
 
+
+def test_a_damaged_stage_says_how_it_is_made_anew(shell: Shell, run: Path) -> None:
     cut = run / "mask-sparsify/model.safetensors"
     cut.write_bytes(cut.read_bytes()[:1000])
     code, _, err = shell("prune", f"--config={run / 'config.json'}", "--out", run, "--fresh")
