@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import deform_conv2d
+from torchvision.ops import deform_conv2d, roi_pool
 
 import masksparsity as ms
 
@@ -25,6 +25,9 @@ WHOLE = {
     "computed weight": lambda: Middle(lambda s, x: F.conv2d(x, s.w * 0.5), w=row(8, 8, 1, 1)),
     "computed matrix": lambda: Middle(
         lambda s, x: F.linear(x.permute(0, 2, 3, 1), s.w * 0.5).permute(0, 3, 1, 2), w=row(8, 8)
+    ),
+    "pooled boxes": lambda: Middle(
+        lambda s, x: roi_pool(x, torch.tensor([[0.0, 1, 1, 4, 4], [1.0, 0, 2, 5, 4]]).to(x), 3)
     ),
     "topk": lambda: Middle(lambda s, x: x.flatten(2).topk(9)[0].view(len(x), -1, 3, 3)),
     "sort": lambda: Middle(lambda s, x: x.sort(dim=3, descending=True)[0]),

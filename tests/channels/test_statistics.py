@@ -188,3 +188,22 @@ def test_a_computed_weight_says_what_to_do(norm, fold):
     for layer in net:
         fold(layer)
     assert [g.size for g in ms.trace(net, torch.randn(2, 3, 4, 4)).prunable] == [8, 6]
+
+
+def test_a_buffer_with_a_history_is_copied():
+    """As where statistics are updated in forward without `no_grad`."""
+
+    def keep(module: nn.Module, mean: Tensor, var: Tensor) -> None:
+        with torch.enable_grad():
+            module.var.copy_(0.9 * module.var.detach() + 0.1 * var)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), HandWritten(keep), nn.Conv2d(8, 4, 1))
+    inputs = torch.randn(4, 3, 6, 6)
+    model(inputs)
+    assert model[1].var.grad_fn is not None
+    model.eval()
+    graph = ms.trace(model, inputs)
+    keep_mask = random_mask(graph, 0)
+    masked = ms.apply_mask(model, graph, keep_mask)
+    torch.testing.assert_close(ms.prune(masked, graph, keep_mask)(inputs), masked(inputs))

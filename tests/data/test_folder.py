@@ -109,6 +109,13 @@ def test_sets_to_evaluate_on_need_no_training_images(tmp_path: Path) -> None:
     assert data.test.samples == 6
 
 
+def test_images_of_16_bits_lose_the_lower_8(tmp_path: Path) -> None:
+    write(tmp_path)
+    values = np.full((8, 8), 200 * 256 + 7, np.uint16)
+    Image.fromarray(values).save(tmp_path / "test" / "cat" / "0.png")
+    assert first_pixels(read(tmp_path)) == [(200, 0), *EXPECTED[1:]]
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(MaskSparsityError, match="nowhere: there is no such file or directory"):
         read(tmp_path / "nowhere")
@@ -126,6 +133,12 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         with pytest.raises(MaskSparsityError, match=r"1\.png is no image of a known format$") as e:
             first_pixels(read(tmp_path, resident=False, workers=workers))
         assert str(e.value).startswith(str(other))
+    Image.new("F", (9, 8)).save(other.with_suffix(".tiff"))
+    other.unlink()
+    with pytest.raises(
+        MaskSparsityError, match=r"1\.tiff is not a readable image.* mode F have no"
+    ):
+        read(tmp_path)
     (tmp_path / "test" / "dog").rename(tmp_path / "test" / "wolf")
     with pytest.raises(MaskSparsityError, match="dog, wolf"):
         read(tmp_path)

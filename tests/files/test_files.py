@@ -195,6 +195,43 @@ def test_a_constructor_that_no_file_may_set_asks_for_the_model(tmp_path):
     ms.load(tmp_path / "m.safetensors", model=model)
 
 
+def smaller_stem(model: nn.Module) -> None:
+    model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+
+
+def other_activation(model: nn.Module) -> None:
+    model.layer1[0].relu = nn.SiLU()
+
+
+@pytest.mark.parametrize(
+    ("alter", "said"),
+    [
+        (smaller_stem, r"conv1.weight is \(\d+, 3, 3, 3\)"),
+        (other_activation, r"layer1.0.relu is SiLU\(\), not ReLU"),
+        (lambda model: setattr(model.conv1, "stride", (1, 1)), r"conv1 is .*stride=\(1, 1\)"),
+        (lambda model: setattr(model, "more", nn.Identity()), r"more is Identity\(\), not None"),
+    ],
+)
+def test_what_has_been_altered_since_it_was_made_asks_for_the_model(alter, said, tmp_path):
+    model = ms.models.create("torchvision/resnet18", num_classes=3)
+    alter(model)
+    inputs = torch.randn(2, 3, 32, 32)
+    graph = ms.trace(model.eval(), inputs)
+    keep = ms.select.uniform(graph, ms.scores.norm(model, graph), 0.3)
+    slim = ms.prune(ms.apply_mask(model, graph, keep), graph, keep)
+    ms.save(slim, tmp_path / "m.safetensors")
+    with pytest.raises(ms.MaskSparsityError, match=f"altered .*{said}.*as\\s+model="):
+        ms.load(tmp_path / "m.safetensors")
+    loaded = ms.load(tmp_path / "m.safetensors", model=model)
+    assert torch.equal(loaded(inputs), slim(inputs))
+
+
+def test_kernels_are_of_the_size_that_they_had(tmp_path):
+    ms.save(nn.Sequential(nn.Conv2d(3, 8, 3)), tmp_path / "m.safetensors")
+    with pytest.raises(ms.MaskSparsityError, match=r"0.weight is \(8, 3, 3, 3\)"):
+        ms.load(tmp_path / "m.safetensors", model=nn.Sequential(nn.Conv2d(3, 8, 7)))
+
+
 class Bomb:
     def __reduce__(self):
         return (pytest.fail, ("a file ran code",))

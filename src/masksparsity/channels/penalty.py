@@ -114,8 +114,10 @@ class Penalty(ABC):
         """Act at every step of `optimizer` until `detach`, or until `prune` gives it to the slim
         model. Schedulers, AMP, accumulation and DDP need nothing more. Returns the penalty."""
         self.detach()
-        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = inner  # Accelerate's wrapper takes no hooks
+        # Accelerate's wrapper takes no hooks, and SAM's takes steps that are not its own.
+        for inner in map(vars(optimizer).get, ("optimizer", "base_optimizer")):
+            if isinstance(inner, Optimizer):
+                return self.attach(inner)
         held = {id(p): k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
         for name, tensor in self.tensors.items():
             if id(tensor) not in held and isinstance(tensor, nn.Parameter):

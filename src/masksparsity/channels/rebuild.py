@@ -13,7 +13,7 @@ from ..tracing.copies import duplicate
 from ..tracing.network import named_tensors
 from ..tracing.state import evaluating
 from ..tracing.tracer import FOLD
-from .silence import silence
+from .silence import SilentConvolution, SilentLinear, SilentNorm, silence
 from .verify import Refusal
 
 _COMPUTING = (WeightNorm, BasePruningMethod)
@@ -135,5 +135,8 @@ ATTRIBUTES: dict[type, Callable[[Any, Any], None]] = {
     nn.PReLU: _prelu,
     nn.RNNBase: _recurrent,
     nn.RNNCellBase: _recurrent,
+    SilentConvolution: _conv,
+    SilentLinear: _linear,
+    SilentNorm: _norm,
 }
 """Module type -> fix(old, new), which sets the attributes that follow from the tensors' shapes."""

@@ -6,11 +6,11 @@ is expected behind them. What lies between two silent layers sees one channel of
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .cost import Counter
 
@@ -81,58 +81,80 @@ class Branches:
         return ~empty & ~heard & self.inputs.any(0)[:-1] & ~self.fixed
 
 
+class Silent(nn.Module):
+    """A layer without channels on one side, under the names and with the attributes that it had: it
+    says to anything what it would say to zeros. No size or tensor comes to Python: graph tracers
+    follow that."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def _say(self, zeros: Tensor, channels: int, dims: int = 0) -> Tensor:
+        """The bias, in the shape of `zeros`, which have one channel before the last `dims` axes;
+        these themselves if there are no `channels` to come out."""
+        if not channels:
+            return zeros.clone()
+        said = self.weight.flatten(1).sum(1)  # zeros, but those of this layer's channels
+        said = said if self.bias is None else said + self.bias
+        return zeros + said.to(zeros.dtype).view(-1, *[1] * dims)
+
+
+class SilentConvolution(Silent):
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    groups: int
+    out_channels: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        dims = len(self.kernel_size)
+        spans = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        if self.padding == "same":
+            grown = [0] * dims
+        else:
+            padding = (0,) * dims if isinstance(self.padding, str) else self.padding
+            grown = [2 * p - span for p, span in zip(padding, spans, strict=True)]
+        zeros = F.pad(_zeros_like(x, -dims - 1), [n for m in grown[::-1] for n in (0, m)])
+        steps: list[Any] = [slice(None, None, s) for s in self.stride]
+        return self._say(zeros[(..., *steps)], self.out_channels, dims)
+
+
+class SilentLinear(Silent):
+    out_features: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._say(_zeros_like(x, -1), self.out_features)
+
+
+class SilentNorm(Silent):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _zeros_like(x: Tensor, axis: int) -> Tensor:
+    """With one channel."""
+    return x.new_zeros(1).expand_as(x).narrow(axis, 0, 1)
+
+
+_FALLS: Mapping[type | None, type[Silent]] = {
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), SilentConvolution),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), SilentNorm),
+    nn.Linear: SilentLinear,
+}
+_SILENT = frozenset({*_FALLS, *_FALLS.values()})
+"""Module types that may be without channels."""
+
+
 def silence(layer: Any) -> None:
-    """Let `layer` say its bias only, if it has lost all channels on one side."""
-    own = type(layer) not in _SILENT or "forward" in vars(layer)  # says something else
+    """Let `layer` say its bias only, if it has lost all channels on one side. It becomes another
+    class, since what scripts, converts, quantises or copies layers knows them by theirs."""
+    own = type(layer) not in _FALLS or "forward" in vars(layer)  # says something else
     tensor = getattr(layer, "running_mean", None) if layer.weight is None else layer.weight
     if tensor is not None and 0 in tensor.shape and not own:
-        layer.forward = partial(_SILENT[type(layer)], layer)
+        layer.__class__ = _FALLS[type(layer)]
 
 
 def silent_modules(model: nn.Module) -> set[str]:
     """Names of the layers that have fallen silent."""
-    return {
-        name
-        for name, module in model.named_modules()
-        if getattr(vars(module).get("forward"), "func", None) in _SILENT.values()
-    }
-
-
-def _said(layer: Any, x: Tensor) -> Tensor:
-    if not len(layer.weight):
-        return x.new_zeros(1)
-    said = layer.weight.flatten(1).sum(1)  # zeros, but those of this layer's channels
-    return (said if layer.bias is None else said + layer.bias).to(x.dtype)
-
-
-def _convolution(layer: Any, x: Tensor) -> Tensor:
-    dims = layer.weight.ndim - 2
-    if layer.padding == "same":
-        sizes = list(x.shape[-dims:])
-    else:
-        padding = (0,) * dims if layer.padding == "valid" else layer.padding
-        sizes = [
-            (n + 2 * p - d * (k - 1) - 1) // s + 1
-            for n, p, d, k, s in zip(
-                x.shape[-dims:], padding, layer.dilation, layer.kernel_size, layer.stride,
-                strict=True,
-            )
-        ]  # fmt: skip
-    said = _said(layer, x)[(..., *[None] * dims)]
-    return said.expand(*x.shape[: -dims - 1], -1, *sizes).clone()
-
-
-def _linear(layer: Any, x: Tensor) -> Tensor:
-    return _said(layer, x).expand(*x.shape[:-1], -1).clone()
-
-
-def _norm(layer: Any, x: Tensor) -> Tensor:
-    return x
-
-
-_SILENT: Mapping[type | None, Any] = {
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _convolution),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _norm),
-    nn.Linear: _linear,
-}
-"""Module type -> its forward when it is silent."""
+    return {name for name, module in model.named_modules() if isinstance(module, Silent)}

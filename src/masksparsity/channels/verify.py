@@ -92,6 +92,10 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask, made_up: bool = 
     theirs = of_users(slim)
     with shadow(slim, theirs) as net:
         tracer = Tracer(net, {**RULES, **graph.rules}, given, made_up, theirs)
+        for layer in map(net.get_submodule, silent_modules(net)):
+            slot = (tracer.names.get(id(layer.weight), ""), 0)
+            lost = slot in given and not len(given[slot])
+            tracer.silent[id(layer)] = graph.labels[slot][:1] if lost else torch.tensor([])
         try:
             _replay(tracer, net, graph)
         except Exception as error:
@@ -125,15 +129,16 @@ def _compare(
     )
     expected: dict[int, Tensor] = {}
     agreed: set[tuple[int, int]] = set()
-    records, replayed = graph.records, tracer.records
+    records, replayed = [*graph.records], tracer.records
     if silent := silent_modules(slim):
-        between = {r.module for r in records if _gone(r, stays)}  # sees unlabelled zeros now
+        between = {r.module for r in records if _gone(r, stays)}  # sees other widths now
 
         def tells(r: Record) -> bool:
             return r.module not in silent and (bool(r.ids) or r.module not in between)
 
-        records = tuple(r for r in records if tells(r) and not _gone(r, stays))
-        replayed = [*filter(tells, replayed)]
+        records, replayed = (
+            [r for r in found if tells(r) and not _gone(r, stays)] for found in (records, replayed)
+        )
     for k, dense in enumerate(records):
 
         def refuse(why: str, dense: Record = dense) -> NoReturn:

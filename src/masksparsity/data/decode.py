@@ -43,10 +43,16 @@ class ImageFile:
         Raises:
             MaskSparsityError: names the file that is not a readable image.
         """
+        import numpy as np
         from PIL import Image, UnidentifiedImageError
 
         try:
-            return Image.open(io.BytesIO(self.read())).convert("RGB")
+            image: Image.Image = Image.open(io.BytesIO(self.read()))
+            if image.mode in ("I", "F"):
+                raise ValueError(f"pixels of mode {image.mode} have no known range")
+            if image.mode.startswith("I;16"):  # which `convert` would clip
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
         except UnidentifiedImageError:
             raise MaskSparsityError(f"{self.name} is no image of a known format") from None
         except Exception as error:  # each of the format readers raises its own

@@ -50,8 +50,10 @@ class Pixels:
                 f"{list(labels.shape)}"
             )
         labels = labels.long()  # first: torch finds no minimum of wide unsigned integers
-        if not len(labels) or labels.min() < 0:
-            raise MaskSparsityError(f"{where}: no images, or a negative label")
+        if not len(labels):
+            raise MaskSparsityError(f"{where}: no images")
+        if labels.min() < 0:
+            raise MaskSparsityError(f"{where}: a negative label, {int(labels.min())}")
         return cls(images, labels)
 
     @property

@@ -5,6 +5,7 @@ registry with plain arguments) and the groups of convolutions, which no shape te
 """
 
 import json
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from masksparsity.channels.rebuild import formatted, rebuild
+from masksparsity.channels.silence import SilentConvolution
 from masksparsity.channels.surgery import WRITTEN_DOWN
 from masksparsity.errors import MaskSparsityError
 from masksparsity.models.registry import Constructor, constructor
@@ -27,14 +29,15 @@ _HEADER: dict[str, Callable[[Any], bool]] = {
     "constructor": lambda x: x is None or (isinstance(x, dict) and {"name", "kwargs"} <= x.keys()),
     "attributes": lambda x: isinstance(x, dict) and all(isinstance(v, dict) for v in x.values()),
     "frozen": lambda x: x is None or isinstance(x, list),
+    "altered": lambda x: x is None or isinstance(x, str),
 }
 
 
 def save(model: nn.Module, path: str | Path) -> None:
     """Write a model, pruned or not, so that `load(path)` rebuilds it.
 
-    Models that `masksparsity.models.create` did not build are saved as well; `load` then needs
-    `model=`, a dense one to shrink.
+    Models that `masksparsity.models.create` did not build, or that have been altered since, are
+    saved as well; `load` then needs `model=`, a dense one to shrink.
 
     Raises:
         MaskSparsityError: a parameter or buffer that has no plain numbers to store.
@@ -53,6 +56,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     own = dict(named_tensors(model))
     for name, tensor in own.items():
         _check_storable(name, tensor)
+    about["altered"] = _altered(model, about)
     tensors.write(Path(path), own, {"masksparsity": json.dumps(atomic.plain(about))})
 
 
@@ -72,7 +76,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     try:
         model = _dense(about) if model is None else unwrap(model)
         own = dict(named_tensors(model))
-        _check(own, stored)
+        _check(model, stored)
         # Copies even where no axis changed: the slim model shares no memory with `model`.
         slim = rebuild(model, {name: formatted(x, own[name]) for name, x in stored.items()})
         _write_down(slim, about["attributes"])
@@ -83,6 +87,27 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         raise MaskSparsityError(f"{path}: {error}") from error
     slim.eval()  # which a model of the user's may have changed to return nothing
     return slim
+
+
+def _altered(model: nn.Module, about: dict[str, Any]) -> str | None:
+    """What a model has that the one of its constructor, with as many channels, has not."""
+    try:
+        dense = _dense(about)
+    except MaskSparsityError:  # which `load` will say
+        return None
+    try:
+        shapes = {name: tensor.detach().to("meta") for name, tensor in named_tensors(model)}
+        _check(dense, shapes)
+        same = rebuild(dense, shapes)
+        _write_down(same, about["attributes"])
+    except MaskSparsityError as error:
+        return str(error)
+    ours, theirs = (
+        {name: f"{type(m).__name__}({m.extra_repr()})" for name, m in net.named_modules()}
+        for net in (model, same)
+    )
+    odd = next((n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)), None)
+    return None if odd is None else f"{odd} is {ours.get(odd)}, not {theirs.get(odd)}"
 
 
 def _check_storable(name: str, tensor: torch.Tensor) -> None:
@@ -125,6 +150,11 @@ def _dense(about: dict[str, Any]) -> nn.Module:
     made = about["constructor"]
     if made is None:
         raise MaskSparsityError("holds no constructor: pass the dense model as model=")
+    if about.get("altered"):
+        raise MaskSparsityError(
+            f"what {made['name']!r} makes has been altered ({about['altered']}): pass the dense "
+            "model, altered likewise, as model="
+        )
     built = Constructor.from_untrusted(made["name"], made["kwargs"])
     with torch.device("meta"):  # its own weights are never needed
         return built.build()
@@ -140,21 +170,22 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise MaskSparsityError(
             f"{path} is no archive of a slim model (masksparsity.save writes them)"
         )
-    about = {"attributes": {}, "frozen": None, **about}
+    about = {"attributes": {}, "frozen": None, "altered": None, **about}
     if any(key not in about or not is_valid(about[key]) for key, is_valid in _HEADER.items()):
         raise MaskSparsityError(f"{path} is damaged: masksparsity.save writes another header")
     return stored, about
 
 
-def _check(own: dict[str, torch.Tensor], stored: dict[str, torch.Tensor]) -> None:
+def _check(model: nn.Module, stored: dict[str, torch.Tensor]) -> None:
+    own = dict(named_tensors(model))
+    kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
     if own.keys() != stored.keys():
         odd = sorted(own.keys() ^ stored.keys())
         raise MaskSparsityError(f"another architecture: {odd[0]} is in one of the two only")
     for name, tensor in stored.items():
         dense = own[name].shape
-        if len(dense) != tensor.ndim or any(
-            n > d for n, d in zip(tensor.shape, dense, strict=True)
-        ):
+        fits = len(dense) == tensor.ndim and all(map(operator.le, tensor.shape, dense))
+        if not fits or (id(own[name]) in kernels and tensor.shape[2:] != dense[2:]):
             raise MaskSparsityError(
                 f"another architecture: {name} is {tuple(tensor.shape)} in the file and "
                 f"{tuple(dense)} in the dense model"
@@ -170,5 +201,5 @@ def _groups(model: nn.Module) -> dict[str, int]:
     return {
         name: module.groups
         for name, module in model.named_modules()
-        if isinstance(module, nn.modules.conv._ConvNd) and module.groups != 1
+        if isinstance(module, (nn.modules.conv._ConvNd, SilentConvolution)) and module.groups != 1
     }

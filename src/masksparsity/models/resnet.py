@@ -29,7 +29,7 @@ class ZeroPad(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x[:, :, :: self.stride, :: self.stride]
-        size = (x.shape[0], -1, *x.shape[2:])
+        size = (x.shape[0], -1, x.shape[2], x.shape[3])
         # Without the casts, autocast would widen the whole concatenation to float32.
         before = self.pad_before.to(x.dtype).expand(size)
         after = self.pad_after.to(x.dtype).expand(size)

@@ -21,7 +21,7 @@ def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     """A deep copy, also of a model that keeps tensors with a history, such as caches. Hooks and
     functions in it that hold the model hold the copy there."""
     apart, memo = memo is None, dict(memo or {})
-    for tensor in kept_by(model.modules()):
+    for tensor in (*kept_by(model.modules()), *model.buffers()):
         if not tensor.is_leaf:
             memo.setdefault(id(tensor), tensor.detach().clone())
     scripted = (v for m in model.modules() for v in vars(m).values())

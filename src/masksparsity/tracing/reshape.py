@@ -35,6 +35,8 @@ def reshape(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bo
 
 def _view(x: Tensor, m: Labels, new: Sequence[int]) -> Labels:
     """Split and merge axes. Axes that only keep their neighbours' company stay broadcast."""
+    if not (x.ndim and new):  # one element
+        return m._replace(ids=m.ids.reshape([1] * len(new)), axes=frozenset())
     shape: list[int] = []
     expand: list[int] = []
     axes: set[int] = set()

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .findings import aside, lengths
 from .labels import NOTHING, Labels
+from .products import first_of
 from .tracer import Rule, Tracer
 
 RULES: dict[str, Rule] = {}
@@ -179,6 +180,7 @@ RULES["im2col"], RULES["col2im"] = unfold, fold
 def roi_align(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bool) -> None:
     """Boxes cut out of a feature map, channel by channel."""
     x, boxes = args[:2]
+    out = first_of(out)
     t.pin(t.labels(boxes), "values become positions")
     found = t.labels(x)
     t.record(found, args[2:])

@@ -82,6 +82,7 @@ class Tracer(Findings):
         self.keepers = keepers(self.modules.values(), theirs)
         self.memory = Memory(self.names, lambda: kept_by(self.keepers))
         self.sources = Origins(self.names)
+        self.silent: dict[int, Tensor] = {}  # id of a layer without channels -> what it has lost
         self._own: dict[str, tuple[Labels, ...]] = {}
         self._held = self._registered()
 
@@ -204,6 +205,19 @@ class Tracer(Findings):
         flat = m.ids.movedim(axis, 0).reshape(tensor.shape[axis], -1)
         self.unite(flat, flat[:, :1])
         return flat[:, 0], m
+
+    def said(self, layer: Any, x: Tensor, out: Tensor) -> None:
+        """A layer has lost all channels on one side and has given `out` for `x`: if none is left to
+        come out, one of those that are gone stands for them, so that what reads it is told from
+        what reads others."""
+        if out is x:
+            return  # a norm
+        if hasattr(x, LOOSE):
+            setattr(out, LOOSE, self.loose)
+        lost = self.silent[id(layer)]
+        if len(lost):
+            axis = out.ndim + 1 - layer.weight.ndim
+            self.set(out, [Labels(self.along(lost, axis, out.ndim), frozenset({axis}))])
 
     def zeros_of(self, tensor: Tensor, axis: int) -> Labels | None:
         """Labels for zeros that forward made, such as a first hidden state: channels of their own,

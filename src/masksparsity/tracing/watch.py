@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import MaskSparsityError
 from .labels import Reason
 from .memory import root
+from .network import tensors_in
 from .tracer import Tracer
 
 _WAYS_OUT = (
@@ -193,7 +194,10 @@ def module_stack(tracer: Tracer) -> Iterator[None]:
         stack.append(paths.get(id(module), stack[-1]))
         tracer.failed = None
         try:
-            return call(module, *args, **kwargs)
+            out = call(module, *args, **kwargs)
+            if id(module) in tracer.silent:
+                tracer.said(module, next(tensors_in((args, kwargs))), out)
+            return out
         except Exception:
             if tracer.failed is None:
                 tracer.failed = stack[-1]

@@ -22,7 +22,8 @@ class _Place(NamedTuple):
     """Where in a tensor a slice of it lies."""
 
     axes: tuple[int | None, ...]
-    """Of each axis of the slice, that of the tensor; None if it is of length 1."""
+    """Of each axis of the slice, that of the tensor; None if it is of length 1 and may be another
+    one."""
     region: tuple[slice, ...]
 
 
@@ -46,6 +47,8 @@ def _place(whole: Tensor, view: Tensor) -> _Place | None:
         region[axis] = slice(starts[axis], starts[axis] + step * (n - 1) + 1, step)
         if region[axis].stop > whole.shape[axis]:
             return None
+    if view.ndim == whole.ndim and all(j in (None, k) for k, j in enumerate(axes)):
+        axes = [*range(view.ndim)]  # none is gone: a lone channel lies where its companions lay
     found = [j for j in axes if j is not None]
     fits = found == sorted(set(found)) and not offset and view.dtype == whole.dtype
     return _Place((*axes,), (*region,)) if fits else None
