@@ -80,3 +80,20 @@ def test_what_an_orthogonal_weight_is_made_of_goes_or_stays_whole():
     model = nn.Sequential(orthogonal, nn.ReLU(), nn.Conv2d(12, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
     model, x = model.double(), torch.randn(1, 3, 8, 8).double()
     exact(model, x, ms.trace(model, x))
+
+
+class ThirdAxis(nn.Module):
+    """Kernels of several experts in one parameter, whose third axis reads channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.kernels = nn.Conv2d(3, 8, 1), nn.Parameter(torch.randn(2, 6, 8, 3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(self.stem(x), self.kernels[0])
+
+
+def test_what_meets_the_unknown_says_where():
+    graph = ms.trace(ThirdAxis(), torch.randn(2, 3, 8, 8))
+    reason = "meets a tensor whose channels are unknown (convolution)"
+    assert str(graph.by_name["stem"].reason) == reason

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..tracing.labels import ANONYMOUS, Cut, Product, Reason, Slot
-from ..tracing.tracer import Rule, Tracer
+from ..tracing.tracer import UNKNOWN, Rule, Tracer
 from . import constraints as limits
 from .cost import Layer
 from .groups import ChannelGraph, ChannelGroup
@@ -23,7 +23,7 @@ def solve(tracer: Tracer, example: Any, batch: int, rules: Mapping[str, Rule]) -
     """The graph of what `tracer` saw of its model on inputs of `batch` examples, by `rules`
     beside the table's."""
     component, met = _components(tracer.count, tracer.edges)
-    tracer.pins.append((met, Reason("meets a tensor whose channels are unknown", "", "")))
+    tracer.pins.append((met, Reason(UNKNOWN, "", "")))
     _protect_zeros(tracer, component)
     pieces = limits.equal_pieces(tracer.cuts, tracer.modules)
     limits.protect_pieces(tracer, pieces, component)

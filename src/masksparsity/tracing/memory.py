@@ -66,6 +66,8 @@ class Memory:
 
     def alike(self, tensor: Tensor) -> frozenset[int]:
         """The axes along which it is blank."""
+        if self.canvases and tensor._base is not None and self.is_untouched(tensor):
+            return EVERY  # a view of what is
         whose, axes = getattr(tensor, BLANK, _UNKNOWN)
         return axes if whose is self.token else _NONE
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .findings import aside
 from .labels import NOTHING, Labels
-from .tracer import Rule, Tracer
+from .tracer import UNKNOWN, Rule, Tracer
 
 
 def pointwise(zero: Callable[[list[bool], Any], bool]) -> Rule:
@@ -134,7 +134,7 @@ def _merge(
             index not in clean and any(t.memory.varies(x, a - out.ndim + x.ndim) for a in axes)
             for index, x in enumerate(tensors)
         ):
-            t.pin(ids, "meets a tensor whose channels are unknown")
+            t.pin(ids, UNKNOWN)
             continue
         flags, index = [], 0
         for a in args:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .labels import Labels, Product, Slot
-from .tracer import Rule, Tracer
+from .tracer import UNKNOWN, Rule, Tracer
 
 ELSEWHERE = "channels lie along another axis"
 _SECOND = frozenset({1})
@@ -188,7 +188,7 @@ def attention(t: Tracer, op: str, args: Any, kwargs: Any, out: Any, inplace: boo
     t.pin([*odd, *masks], "no channels of attention")
     queries, keys, values = ([m for m in ms if last in m.axes] for ms in found)
     if len(queries) != 1 or len(keys) != 1 or args[0].shape[1] != args[1].shape[1]:
-        t.pin([*queries, *keys], "meets a tensor whose channels are unknown")
+        t.pin([*queries, *keys], UNKNOWN)
     else:
         t.unite(queries[0].ids, keys[0].ids)
         t.swallow(queries[0] if queries[0].clean else keys[0])

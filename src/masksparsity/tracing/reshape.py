@@ -19,7 +19,7 @@ def reshape(t: Tracer, op: str, args: Any, kwargs: Any, out: Tensor, inplace: bo
         return
     t.memory.share(x, [out])
     found = t.labels(x)
-    if not found:
+    if not found and not t.memory.is_untouched(x):
         t.record((), [*extents(x), *extents(out)])
     if found or t.is_labelled(out):
         new = tuple(out.shape)

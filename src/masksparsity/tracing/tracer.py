@@ -29,6 +29,7 @@ _LABELS = "_masksparsity_labels"
 _NO_IDS = torch.zeros(0, dtype=torch.int64)
 FOLD = "fold it first, with remove_parametrizations, remove_weight_norm or remove_spectral_norm"
 WRITTEN_TO = "a parameter or buffer is written in forward"
+UNKNOWN = "meets a tensor whose channels are unknown"
 
 Rule = Callable[["Tracer", str, Any, Any, Any, bool], None]
 """`rule(tracer, operation, args, kwargs, out, inplace)`, called after the operation ran."""
@@ -284,6 +285,8 @@ class Tracer(Findings):
             lying, m = self.read(tensor, axis)
             self.record((m,) if m else ())
             self.unite(lying, ids)
+            if m is None:
+                self.pin(ids, UNKNOWN)
             return
         self.touched.add(name)
         slot = (name, axis)
