@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import operator
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -24,8 +25,10 @@ def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     for tensor in (*kept_by(model.modules()), *model.buffers()):
         if not tensor.is_leaf:
             memo.setdefault(id(tensor), tensor.detach().clone())
-    scripted = (v for m in model.modules() for v in vars(m).values())
-    memo |= {id(v): v for v in scripted if isinstance(v, torch.jit.ScriptFunction)}
+    values = [v for m in model.modules() for v in vars(m).values()]
+    memo |= {id(v): v for v in values if isinstance(v, torch.jit.ScriptFunction)}
+    # Every module has a dozen empty tables: to copy them one by one would take most of the time.
+    memo |= {id(v): type(v)() for v in values if type(v) in _TABLES and not v}
     for buffer in model.buffers():
         if extents(buffer) != [*buffer.shape]:  # expanded: one value cannot become zero alone
             memo.setdefault(id(buffer), buffer.clone(memory_format=torch.contiguous_format))
@@ -50,6 +53,9 @@ def duplicate(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
         for held in tables:
             held.update({k: _rebound(v, memo) for k, v in held.items() if type(v) is FunctionType})
     return copied
+
+
+_TABLES = frozenset({dict, OrderedDict, set})
 
 
 def _uncopied(model: nn.Module, memo: Mapping[int, Any]) -> str:
