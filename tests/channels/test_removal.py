@@ -97,27 +97,6 @@ def test_a_wrapped_optimizer_that_shares_its_groups_goes_on(small):
         train(slim, optimizer)
 
 
-class Sharpness(torch.optim.Optimizer):
-    """As sharpness-aware minimisation is written: its steps are its base's, and not its own."""
-
-    def __init__(self, params):
-        self.base_optimizer = torch.optim.SGD(params, 0.1, momentum=0.9)
-        super().__init__(self.base_optimizer.param_groups, {})
-
-    def second_step(self):
-        self.base_optimizer.step()
-
-
-def test_a_penalty_acts_where_the_steps_are_taken(small):
-    model, graph, keep = small
-    optimizer = Sharpness(model.parameters())
-    ms.ScheduledDecay(model, graph, keep, steps=2).attach(optimizer)
-    for _ in range(2):
-        model(torch.randn(2, 3, 8, 8)).sum().backward()
-        optimizer.second_step()
-    assert not model[1].weight[~keep["0"]].any()
-
-
 class Apart(torch.optim.SGD):
     """As ZeroRedundancyOptimizer does, it works through another, with groups of its own."""
 

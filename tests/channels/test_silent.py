@@ -134,3 +134,35 @@ def test_a_shallow_copy_of_a_silent_layer_says_its_own_bias(slim: nn.Module):
     again.__dict__["_parameters"] = {"weight": layer.weight, "bias": torch.ones(len(layer.weight))}
     x = torch.randn(2, 1, 4, 4)
     assert torch.equal(again(x), layer(x) + 1)
+
+
+class Grouped(nn.Module):
+    """A branch whose grouped convolution may keep one input of each group, and no output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 4)
+        self.inner, self.grouped = nn.Conv2d(6, 4, 1), nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.outer = nn.Conv2d(4, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.outer(torch.relu(self.grouped(torch.relu(self.inner(x)))))
+        return self.head((x + y).mean((2, 3)))
+
+
+def test_a_silent_grouped_layer_is_pruned_and_loaded_again(tmp_path):
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 3, 8, 8)
+    model = Grouped().eval()
+    graph = ms.trace(model, inputs)
+    keep = ms.KeepMask(
+        graph, {"grouped": torch.zeros(2, dtype=torch.bool), "inner": torch.tensor([True, False])}
+    )
+    slim = ms.prune(ms.apply_mask(model, graph, keep), graph, keep)
+    again = ms.trace(slim, inputs)
+    later = ms.KeepMask(again, {"stem": torch.arange(6) < 4})
+    slimmer = ms.prune(ms.apply_mask(slim, again, later), again, later)
+    ms.save(slimmer, tmp_path / "m.safetensors")
+    loaded = ms.load(tmp_path / "m.safetensors", model=model)
+    assert torch.equal(loaded(inputs), slimmer(inputs))

@@ -157,6 +157,9 @@ def zeros_kept(s: nn.Module, x: Tensor) -> Tensor:
 BOUND = {
     "zeros kept": zeros_kept,
     "beside ones": lambda s, x: torch.cat([x, torch.ones_like(x)], 3),
+    "halves of complex ones": lambda s, x: x * torch.view_as_real(
+        torch.ones(x.shape[1], dtype=torch.cdouble)
+    ).view(-1)[: x.shape[1]].to(x).view(1, -1, 1, 1),
     "beside zeros that were": lambda s, x: torch.cat(
         [x, (y := torch.zeros_like(x)), y.add_(1)], 3
     ),

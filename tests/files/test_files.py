@@ -226,6 +226,28 @@ def test_what_has_been_altered_since_it_was_made_asks_for_the_model(alter, said,
     assert torch.equal(loaded(inputs), slim(inputs))
 
 
+def test_what_only_training_sees_may_have_changed(tmp_path):
+    model = ms.models.create("torchvision/mobilenet_v2", width_mult=0.35)
+    model.classifier[0].p = 0.7
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.momentum = None
+    ms.save(model, tmp_path / "m.safetensors")
+    inputs = torch.randn(2, 3, 32, 32)
+    assert torch.equal(ms.load(tmp_path / "m.safetensors")(inputs), model.eval()(inputs))
+
+
+def test_what_cannot_be_made_without_values_is_made_with_them(tmp_path):
+    state = torch.get_rng_state()
+    model = ms.models.create("torchvision/regnet_x_400mf")
+    torch.set_rng_state(state)
+    ms.save(model, tmp_path / "m.safetensors")
+    loaded = ms.load(tmp_path / "m.safetensors")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
+
+
 def test_kernels_are_of_the_size_that_they_had(tmp_path):
     ms.save(nn.Sequential(nn.Conv2d(3, 8, 3)), tmp_path / "m.safetensors")
     with pytest.raises(ms.MaskSparsityError, match=r"0.weight is \(8, 3, 3, 3\)"):

@@ -114,10 +114,8 @@ class Penalty(ABC):
         """Act at every step of `optimizer` until `detach`, or until `prune` gives it to the slim
         model. Schedulers, AMP, accumulation and DDP need nothing more. Returns the penalty."""
         self.detach()
-        # Accelerate's wrapper takes no hooks, and SAM's takes steps that are not its own.
-        for inner in map(vars(optimizer).get, ("optimizer", "base_optimizer")):
-            if isinstance(inner, Optimizer):
-                return self.attach(inner)
+        while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+            optimizer = inner  # Accelerate's wrapper takes no hooks
         held = {id(p): k for k, group in enumerate(optimizer.param_groups) for p in group["params"]}
         for name, tensor in self.tensors.items():
             if id(tensor) not in held and isinstance(tensor, nn.Parameter):

@@ -79,7 +79,8 @@ def _follow(before: nn.Module, after: nn.Module) -> None:
 
 def _conv(old: Any, new: Any) -> None:
     outputs, inputs = new.weight.shape[:2]
-    if old.groups > 1 and old.weight.shape[1] == 1:  # depthwise: a group per input channel
+    depthwise = old.groups > 1 and old.weight.shape[1] == 1  # a group per input channel
+    if depthwise and old.out_channels:
         new.groups = outputs * old.groups // old.out_channels
         inputs = 1
     new.out_channels, new.in_channels = outputs, inputs * new.groups

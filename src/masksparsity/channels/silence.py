@@ -106,6 +106,7 @@ class SilentConvolution(Silent):
     padding: str | tuple[int, ...]
     groups: int
     out_channels: int
+    extra_repr = nn.Conv2d.extra_repr  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         dims = len(self.kernel_size)
@@ -122,12 +123,15 @@ class SilentConvolution(Silent):
 
 class SilentLinear(Silent):
     out_features: int
+    extra_repr = nn.Linear.extra_repr  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         return self._say(_zeros_like(x, -1), self.out_features)
 
 
 class SilentNorm(Silent):
+    extra_repr = nn.BatchNorm2d.extra_repr  # type: ignore[assignment]
+
     def forward(self, x: Tensor) -> Tensor:
         return x
 

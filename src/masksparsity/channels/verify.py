@@ -95,7 +95,7 @@ def prove(slim: nn.Module, graph: ChannelGraph, keep: KeepMask, made_up: bool = 
         for layer in map(net.get_submodule, silent_modules(net)):
             slot = (tracer.names.get(id(layer.weight), ""), 0)
             lost = slot in given and not len(given[slot])
-            tracer.silent[id(layer)] = graph.labels[slot][:1] if lost else torch.tensor([])
+            tracer.silent[id(layer)] = graph.labels[slot][:1] if lost else None
         try:
             _replay(tracer, net, graph)
         except Exception as error:

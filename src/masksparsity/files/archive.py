@@ -52,6 +52,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         "groups": _groups(model),
         "attributes": getattr(model, WRITTEN_DOWN, {}),
         "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
+        "altered": None,
     }
     own = dict(named_tensors(model))
     for name, tensor in own.items():
@@ -102,12 +103,18 @@ def _altered(model: nn.Module, about: dict[str, Any]) -> str | None:
         _write_down(same, about["attributes"])
     except MaskSparsityError as error:
         return str(error)
-    ours, theirs = (
-        {name: f"{type(m).__name__}({m.extra_repr()})" for name, m in net.named_modules()}
-        for net in (model, same)
-    )
+    ours, theirs = ({name: _says(m) for name, m in net.named_modules()} for net in (model, same))
     odd = next((n for n in {**ours, **theirs} if ours.get(n) != theirs.get(n)), None)
     return None if odd is None else f"{odd} is {ours.get(odd)}, not {theirs.get(odd)}"
+
+
+def _says(module: nn.Module) -> str:
+    """What it computes, in eval mode."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return "dropout"
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):  # synchronised or not
+        return f"a norm of {module.num_features} with eps={module.eps}"
+    return f"{type(module).__name__}({module.extra_repr()})"
 
 
 def _check_storable(name: str, tensor: torch.Tensor) -> None:
@@ -150,14 +157,18 @@ def _dense(about: dict[str, Any]) -> nn.Module:
     made = about["constructor"]
     if made is None:
         raise MaskSparsityError("holds no constructor: pass the dense model as model=")
-    if about.get("altered"):
+    if about["altered"]:
         raise MaskSparsityError(
             f"what {made['name']!r} makes has been altered ({about['altered']}): pass the dense "
             "model, altered likewise, as model="
         )
     built = Constructor.from_untrusted(made["name"], made["kwargs"])
-    with torch.device("meta"):  # its own weights are never needed
-        return built.build()
+    try:
+        with torch.device("meta"):  # its own weights are never needed
+            return built.build()
+    except MaskSparsityError:  # as some compute their widths with tensors
+        with torch.random.fork_rng(devices=()):
+            return built.build()
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -178,7 +189,8 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 def _check(model: nn.Module, stored: dict[str, torch.Tensor]) -> None:
     own = dict(named_tensors(model))
-    kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    convolutions = (m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd))
+    kernels = {id(m._parameters.get("weight")) for m in convolutions}
     if own.keys() != stored.keys():
         odd = sorted(own.keys() ^ stored.keys())
         raise MaskSparsityError(f"another architecture: {odd[0]} is in one of the two only")

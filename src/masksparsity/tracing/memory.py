@@ -67,7 +67,7 @@ class Memory:
     def alike(self, tensor: Tensor) -> frozenset[int]:
         """The axes along which it is blank."""
         if self.canvases and tensor._base is not None and self.is_untouched(tensor):
-            return EVERY  # a view of what is
+            return EVERY  # a view of what nothing was written to
         whose, axes = getattr(tensor, BLANK, _UNKNOWN)
         return axes if whose is self.token else _NONE
 
@@ -103,9 +103,9 @@ class Memory:
             self.canvases.pop(root(tensor), None)
 
     def is_untouched(self, tensor: Tensor) -> bool:
-        """Whether it, or the one whose memory it shows, is as forward made it from sizes alone."""
+        """Whether it, or the one whose numbers it shows, is as forward made it from sizes alone."""
         canvas = self.canvases.get(root(tensor)) if self.canvases else None
-        return canvas is not None and canvas.ids is None
+        return canvas is not None and canvas.ids is None and root(tensor).dtype == tensor.dtype
 
     def is_zero(self, value: Any, ids: Tensor | None = None, written: bool = False) -> bool:
         """Whether it is zero, as forward made it, or was, if it is written to by now. `ids` count

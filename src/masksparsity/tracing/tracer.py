@@ -83,7 +83,7 @@ class Tracer(Findings):
         self.keepers = keepers(self.modules.values(), theirs)
         self.memory = Memory(self.names, lambda: kept_by(self.keepers))
         self.sources = Origins(self.names)
-        self.silent: dict[int, Tensor] = {}  # id of a layer without channels -> what it has lost
+        self.silent: dict[int, Tensor | None] = {}  # by id: a label, if no channel comes out
         self._own: dict[str, tuple[Labels, ...]] = {}
         self._held = self._registered()
 
@@ -216,7 +216,7 @@ class Tracer(Findings):
         if hasattr(x, LOOSE):
             setattr(out, LOOSE, self.loose)
         lost = self.silent[id(layer)]
-        if len(lost):
+        if lost is not None:
             axis = out.ndim + 1 - layer.weight.ndim
             self.set(out, [Labels(self.along(lost, axis, out.ndim), frozenset({axis}))])
 

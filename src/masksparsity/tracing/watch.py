@@ -125,12 +125,12 @@ def norms_alone() -> Iterator[None]:
     to see that one takes longer than the norm itself."""
 
     def norm(batch_norm: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        if len(args) < 9 or args[5] or not args[0].is_cpu or not args[0].numel():
-            return batch_norm(*args, **kwargs)
-        shapes = [getattr(x, "shape", None) for x in args[1:5]]
-        if shapes != [args[0].shape[1:2]] * 4:  # the operation itself does not ask
-            return batch_norm(*args)
-        return torch.native_batch_norm(*args[:8])[0]
+        x, *four = args[:5] or (None,)
+        plain = len(args) == 9 and not args[5] and x.is_cpu and x.numel()
+        # Of the lengths of scale, shift, mean and variance the operation itself does not ask.
+        if plain and [getattr(t, "shape", None) for t in four] == [x.shape[1:2]] * 4:
+            return torch.native_batch_norm(*args[:8])[0]
+        return batch_norm(*args, **kwargs)
 
     with ALONE, _patched(torch, "batch_norm", norm):
         yield

@@ -22,8 +22,7 @@ class _Place(NamedTuple):
     """Where in a tensor a slice of it lies."""
 
     axes: tuple[int | None, ...]
-    """Of each axis of the slice, that of the tensor; None if it is of length 1 and may be another
-    one."""
+    """Of each axis of the slice, that of the tensor; None for one of length 1 that may be any."""
     region: tuple[slice, ...]
 
 
