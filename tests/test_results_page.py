@@ -48,7 +48,9 @@ def test_timings(script: ModuleType, tmp_path: Path) -> None:
                  "images_per_second": 1e5, "ms_per_step": 1.28, "turns_ms_per_step": [1.28],
                  "operations": 300, "launches": 1, "gflops": 9.0, "share_of_limit": 0.31,
                  "ratio": 4.0, "ratio_quartiles": [3.0, 5.0]},
-        "graph": {"net": "resnet18", **dict.fromkeys(keys, timing)},
+        "graph": {"net": "resnet18", **dict.fromkeys(keys, timing),
+                  "trace_ratio": 0.4, "trace_ratio_quartiles": [0.3, 0.5],
+                  "prune_ratio": 0.14, "prune_ratio_quartiles": [0.1, 0.2]},
         "penalty": {"net": "resnet50", "penalty": "Proximal", "median_ms": 2.0,
                     "quartiles_ms": [1.0, 3.0], "ratio": 1.2},
         "latency": {"network": "resnet56", "round_to": 8, "batch": 1, "runs": 15,
@@ -61,7 +63,10 @@ def test_timings(script: ModuleType, tmp_path: Path) -> None:
         "| resnet20 slim | graph | 100000 | 1.28 | 300 (1) | 9.0 | 31.0% | 4.00 [3.00, 5.00] |"
         in made
     )
-    assert "| resnet18 |" + " 2.0 [1.0, 3.0] (9) |" * 6 + " 1.000 | 1.000 |" in made
+    assert (
+        "| resnet18 |" + " 2.0 [1.0, 3.0] (9) |" * 6 + " 0.40 [0.30, 0.50] | 0.14 [0.10, 0.20] |"
+        in made
+    )
     assert "| resnet50 | Proximal | 2.000 [1.000, 3.000] | 1.20 |" in made
     assert "| resnet56 | 8 | 1 | 15 | 50.0% | 2.00 | 1.00 | 2.00 |" in made
     assert made.count("own bar: x.") == 4
