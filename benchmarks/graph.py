@@ -2,8 +2,8 @@
 
 Claim: trace no slower than the peer summed over the table and at most 1.25 times on any net; prune,
 the proof apart, under 120 ms (vgg16_bn 300 ms, densenet201 1 s). Batch 1, ImageNet size (CIFAR size
-for resnet110-B). The two trace one right after the other, and prune so: a ratio is the median of
-those of the turns, since the machine's speed may change from one to the next. The peer's trace
+for resnet110-B). The two trace one right after the other, then each prunes: a ratio is the median
+of those of the turns, since the machine's speed may change from one to the next. The peer's trace
 builds its DependencyGraph; its prune is the step of a pruner that is built already.
 
     python benchmarks/graph.py --repeats 9 --json results/graph.json       # about ten minutes

@@ -100,6 +100,8 @@ class Silent(nn.Module):
 
 
 class SilentConvolution(Silent):
+    """Of any dimension: [B, in, ...] to the shape that the convolution would give."""
+
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
@@ -122,6 +124,8 @@ class SilentConvolution(Silent):
 
 
 class SilentLinear(Silent):
+    """[..., in] to [..., out]."""
+
     out_features: int
     extra_repr = nn.Linear.extra_repr  # type: ignore[assignment]
 
@@ -130,6 +134,8 @@ class SilentLinear(Silent):
 
 
 class SilentNorm(Silent):
+    """It gives back what it is given: one channel of zeros, or what nobody hears."""
+
     extra_repr = nn.BatchNorm2d.extra_repr  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from .watch import (
     inference_mode_off,
     module_stack,
     norms_alone,
+    replacements,
 )
 from .writing import values_of
 
@@ -202,6 +203,7 @@ def _run(
             fused_attention_off(),
             inference_mode_off(),
             norms_alone(),
+            replacements(tracer),
             Operations(tracer),
         ):
             if switches(tracer.modules.values()):
@@ -214,7 +216,6 @@ def _run(
             out = [*out] if isinstance(out, Iterator) else out  # computed as they are asked for
             random = training and drawn(tracer.decided)
             kept = tracer.memory.written(tensors_in(out))
-        tracer.assigned()
     tracer.operation = "output"
     for ids in kept:
         tracer.pin(ids, "kept until the next forward")

@@ -6,7 +6,6 @@ Parameters and buffers get labels per axis when an operation first uses them. Wh
 does to labels is the table in `rules.py`; what it does not know is protected.
 """
 
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -85,7 +84,6 @@ class Tracer(Findings):
         self.sources = Origins(self.names)
         self.silent: dict[int, Tensor | None] = {}  # by id: a label, if no channel comes out
         self._own: dict[str, tuple[Labels, ...]] = {}
-        self._held = self._registered()
 
     def labels(self, tensor: Tensor) -> tuple[Labels, ...]:
         """The labels of a tensor; a parameter's are handed out at its first use."""
@@ -157,28 +155,6 @@ class Tracer(Findings):
         slots = frozenset().union(*(m.sources for m in labels))
         self.spoilt |= dict.fromkeys(slots, Reason(why, self.operation, self.module))
 
-    def assigned(self) -> None:
-        """Parameters and buffers that forward has put others in the place of: as if it had
-        written into them."""
-        if all(map(operator.is_, self._registered(), self._held)):
-            return  # as nearly always
-        for path, module in self.modules.items():
-            for key, now in (*module._parameters.items(), *module._buffers.items()):
-                was = self.tensors.get(f"{path}.{key}" if path else key)
-                if was is None or now is None or now is was:
-                    continue
-                self.operation, self.stack[-1] = f"{key} =", path
-                if now.shape == was.shape:
-                    self.rules["copy"](self, self.operation, (was, now), {}, was, True)
-                else:
-                    self.pin(self.labels(now), WRITTEN_TO)
-        self.stack[-1] = ""
-
-    def _registered(self) -> list[Tensor | None]:
-        """The parameters and buffers that modules have now, in order."""
-        tables = (table for m in self.modules.values() for table in (m._parameters, m._buffers))
-        return [x for table in tables for x in table.values()]
-
     def read(
         self, tensor: Tensor, axis: int, elsewhere: str | None = None
     ) -> tuple[Tensor, Labels | None]:
@@ -206,19 +182,6 @@ class Tracer(Findings):
         flat = m.ids.movedim(axis, 0).reshape(tensor.shape[axis], -1)
         self.unite(flat, flat[:, :1])
         return flat[:, 0], m
-
-    def said(self, layer: Any, x: Tensor, out: Tensor) -> None:
-        """A layer has lost all channels on one side and has given `out` for `x`: if none is left to
-        come out, one of those that are gone stands for them, so that what reads it is told from
-        what reads others."""
-        if out is x:
-            return  # a norm
-        if hasattr(x, LOOSE):
-            setattr(out, LOOSE, self.loose)
-        lost = self.silent[id(layer)]
-        if lost is not None:
-            axis = out.ndim + 1 - layer.weight.ndim
-            self.set(out, [Labels(self.along(lost, axis, out.ndim), frozenset({axis}))])
 
     def zeros_of(self, tensor: Tensor, axis: int) -> Labels | None:
         """Labels for zeros that forward made, such as a first hidden state: channels of their own,

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import operator
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,10 +13,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..errors import MaskSparsityError
-from .labels import Reason
+from .findings import LOOSE
+from .labels import Labels, Reason
 from .memory import root
 from .network import tensors_in
-from .tracer import Tracer
+from .tracer import WRITTEN_TO, Tracer
 
 _WAYS_OUT = (
     "numpy", "__array__", "tolist", "data_ptr", "__dlpack__", "untyped_storage", "apply_", "map_",
@@ -99,6 +101,33 @@ def assignments(tracer: Tracer) -> Iterator[None]:
         patches.callback(delattr, Tensor, "data")
         Tensor.data = property(data.__get__, assign)  # type: ignore[assignment]
         yield
+
+
+@contextlib.contextmanager
+def replacements(tracer: Tracer) -> Iterator[None]:
+    """Parameters and buffers that forward puts others in the place of: as if it had written into
+    them."""
+    before = _registered(tracer)
+    yield
+    if all(map(operator.is_, _registered(tracer), before)):
+        return  # as nearly always
+    for path, module in tracer.modules.items():
+        for key, now in (*module._parameters.items(), *module._buffers.items()):
+            was = tracer.tensors.get(f"{path}.{key}" if path else key)
+            if was is None or now is None or now is was:
+                continue
+            tracer.operation, tracer.stack[-1] = f"{key} =", path
+            if now.shape == was.shape:
+                tracer.rules["copy"](tracer, tracer.operation, (was, now), {}, was, True)
+            else:
+                tracer.pin(tracer.labels(now), WRITTEN_TO)
+    tracer.stack[-1] = ""
+
+
+def _registered(tracer: Tracer) -> list[Tensor | None]:
+    """The parameters and buffers that modules have now, in order."""
+    tables = (table for m in tracer.modules.values() for table in (m._parameters, m._buffers))
+    return [x for table in tables for x in table.values()]
 
 
 def _is_same_memory(a: Tensor, b: Tensor) -> bool:
@@ -196,7 +225,7 @@ def module_stack(tracer: Tracer) -> Iterator[None]:
         try:
             out = call(module, *args, **kwargs)
             if id(module) in tracer.silent:
-                tracer.said(module, next(tensors_in((args, kwargs))), out)
+                _say(tracer, module, next(tensors_in((args, kwargs))), out)
             return out
         except Exception:
             if tracer.failed is None:
@@ -216,3 +245,17 @@ def module_stack(tracer: Tracer) -> Iterator[None]:
             f"{elsewhere[0]} runs in a thread of its own, where its operations cannot be seen: to "
             "prune, run it in that of forward"
         )
+
+
+def _say(tracer: Tracer, layer: Any, x: Tensor, out: Tensor) -> None:
+    """A layer that has lost all channels on one side has given `out` for `x`: if none is left to
+    come out, one of those that are gone stands for them, so that what reads it is told from what
+    reads others."""
+    if out is x:
+        return  # a norm
+    if hasattr(x, LOOSE):
+        setattr(out, LOOSE, tracer.loose)
+    lost = tracer.silent[id(layer)]
+    if lost is not None:
+        axis = out.ndim + 1 - layer.weight.ndim
+        tracer.set(out, [Labels(tracer.along(lost, axis, out.ndim), frozenset({axis}))])
