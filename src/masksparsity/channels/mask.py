@@ -150,8 +150,8 @@ class KeepMask(Mapping[str, Tensor]):
             if again.size != len(kept):
                 raise MaskSparsityError(
                     f"{group.name}: {len(kept)} channels stay here, the later mask is of a model "
-                    f"with {again.size}; compose with a mask of the slim model as "
-                    "it was pruned, no layer replaced"
+                    f"with {again.size}; compose with a mask of the slim model as it was pruned, "
+                    "with no layer replaced"
                 )
             units[kept] = later[group.name]
         return self._with(units)
